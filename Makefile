@@ -1,0 +1,57 @@
+# make run       makes .venv, installs vramplan, and estimates one run
+# make test      installs what tests need, then lint, types and tests
+# make lowest    the tests that need no torch, with the oldest versions that pyproject.toml allows
+# make bench     what importing vramplan and one estimate cost, as ratios within one run
+# make accuracy  writes docs/accuracy.md: predictions against the measured runs
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: run test lint types lowest bench accuracy clean
+.DEFAULT_GOAL := run
+
+# 1 says "it does not fit", which is an answer and no failure of make.
+run: $(VENV)/.installed
+	@$(BIN)/vramplan estimate meta-llama/Llama-3.1-8B --gpu 24GB || test $$? -eq 1
+
+test: lint types
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/mypy
+
+lowest: $(VENV)-lowest/.installed
+	$(VENV)-lowest/bin/python -m pytest
+
+bench: $(VENV)/.installed
+	@for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+
+accuracy: $(VENV)/.installed
+	$(BIN)/python benchmarks/accuracy.py
+
+clean:
+	rm -rf $(VENV) $(VENV)-lowest .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# Editable: a change of the source needs no new installation, one of these files does.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@$(INSTALL) --editable '.[dev]'
+	@touch $@
+
+LOWEST = $(shell sed -n '/^dependencies = /,/^]/s/.*"\([^"]*\)>=\([^";]*\).*/\1==\2/p' pyproject.toml)
+
+$(VENV)-lowest/.installed: pyproject.toml
+	@test -x $(VENV)-lowest/bin/python || $(PYTHON) -m venv $(VENV)-lowest
+	@$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check \
+		--editable . pytest hypothesis $(LOWEST)
+	@touch $@

@@ -1,0 +1,201 @@
+"""Builds the real model on fake tensors: transformers' class, peft's adapters, torch's optimizer."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from vramplan_launcher.trace import quantized
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+
+
+def hf_config(config: dict[str, Any], layers: int | None = None) -> Any:
+    """A transformers config object of a `config.json`, cut to `layers` layers where given."""
+    from transformers import AutoConfig
+
+    values = {k: v for k, v in config.items() if k not in ("torch_dtype", "dtype", "auto_map")}
+    values.pop("quantization_config", None)
+    if layers is not None:
+        values = cut_depth(values, layers)
+    model_type = values.pop("model_type")
+    return AutoConfig.for_model(model_type, **values)
+
+
+def cut_depth(values: dict[str, Any], layers: int) -> dict[str, Any]:
+    """The config with `layers` layers; per-layer lists are cut too."""
+    found = [k for k in DEPTH_KEYS if k in values] or ["num_hidden_layers"]
+    out = dict(values)
+    depth = values.get(found[0])
+    for key in found:
+        out[key] = layers
+    for key, value in values.items():
+        if isinstance(value, list) and depth is not None and len(value) == depth:
+            out[key] = value[:layers]
+    return out
+
+
+def skeleton(config: Any, recipe: dict[str, Any]) -> nn.Module:
+    """The model on the meta device, as `from_pretrained` makes it first."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config,
+            dtype=DTYPES[recipe["dtype"]],
+            attn_implementation=recipe["attention"],
+        )
+    if recipe["quantization"]:
+        quantized.replace_linears(model, recipe, compute_dtype(recipe))
+    return model
+
+
+def materialize(model: nn.Module, dtype: torch.dtype) -> None:
+    """Gives every meta parameter and buffer a fake storage; shared ones stay shared."""
+    seen: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        bnb = quantized.is_quantized_linear(module) if quantized.installed() else False
+        for name, value in list(module._parameters.items()):
+            if value is None or value.device.type != "meta":
+                continue
+            if bnb and name == "weight":
+                quantized.load_weight(module, dtype)
+                continue
+            if id(value) not in seen:
+                data = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+                seen[id(value)] = nn.Parameter(data, requires_grad=value.requires_grad)
+            module._parameters[name] = seen[id(value)]
+        for name, value in list(module._buffers.items()):
+            if value is None or value.device.type != "meta":
+                continue
+            if id(value) not in seen:
+                seen[id(value)] = torch.empty_strided(
+                    value.shape, value.stride(), dtype=value.dtype
+                )
+            module._buffers[name] = seen[id(value)]
+        for name, value in list(vars(module).items()):
+            if isinstance(value, torch.Tensor) and value.device.type == "meta":
+                if id(value) not in seen:
+                    seen[id(value)] = torch.empty_strided(
+                        value.shape, value.stride(), dtype=value.dtype
+                    )
+                setattr(module, name, seen[id(value)])
+
+
+@contextlib.contextmanager
+def plain_adapter_cast() -> Iterator[None]:
+    """peft casts adapters by `module.to`, which swaps tensors and fails on fake ones.
+
+    While open, a change of dtype assigns `Parameter.data` anew, as it does outside fake mode.
+    """
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    original = nn.Module._apply
+
+    def _apply(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+        for name, param in self._parameters.items():
+            if param is not None:
+                with torch.no_grad():
+                    new = fn(param)
+                if new is not param:
+                    self._parameters[name] = nn.Parameter(new, param.requires_grad)
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                self._buffers[name] = fn(buffer)
+        return self
+
+    nn.Module._apply = _apply  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module._apply = original  # type: ignore[method-assign]
+        torch.__future__.set_swap_module_params_on_conversion(before)
+
+
+def add_lora(model: nn.Module, recipe: dict[str, Any]) -> nn.Module:
+    """`get_peft_model` with the recipe's LoRA."""
+    from peft import LoraConfig, get_peft_model
+
+    lora = recipe["lora"]
+    rank = lora["rank"]
+    alpha = lora.get("alpha") or 2 * rank
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=lora.get("dropout", 0.05),
+        target_modules=lora.get("target_modules", "all-linear"),
+    )
+    with plain_adapter_cast():
+        return get_peft_model(
+            model, config, autocast_adapter_dtype=lora.get("dtype", "fp32") == "fp32"
+        )
+
+
+def accepts_loss_kwargs(model: nn.Module) -> bool:
+    """As `Trainer.__init__` finds it: whether forward takes `num_items_in_batch`."""
+    inner = model
+    if hasattr(model, "get_base_model"):
+        inner = model.get_base_model()
+    if hasattr(inner, "accepts_loss_kwargs"):
+        return bool(inner.accepts_loss_kwargs)
+    parameters = inspect.signature(inner.forward).parameters.values()
+    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+
+
+def make_optimizer(model: nn.Module, recipe: dict[str, Any]) -> torch.optim.Optimizer:
+    """The optimizer that `Trainer.create_optimizer` makes, with CUDA's default of foreach."""
+    import tempfile
+
+    from transformers import Trainer, TrainingArguments
+    from transformers.trainer_pt_utils import get_parameter_names
+
+    patterns = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
+    decay = set(get_parameter_names(model, [nn.LayerNorm], patterns))
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for n, p in named if n in decay], "weight_decay": 0.0},
+        {"params": [p for n, p in named if n not in decay], "weight_decay": 0.0},
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder, optim=recipe["optimizer"], use_cpu=True, report_to="none"
+        )
+    cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    if cls.__module__.startswith("torch.optim") and not kwargs.get("fused"):
+        kwargs = {**kwargs, "foreach": True}
+    optimizer = cls(groups, **kwargs)
+    if "bitsandbytes" in str(cls) and kwargs.get("optim_bits") == 8:
+        import bitsandbytes
+
+        manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                manager.register_module_override(module, "weight", {"optim_bits": 32})
+    return optimizer
+
+
+def prepare_for_kbit(model: nn.Module, recipe: dict[str, Any]) -> nn.Module:
+    """peft's `prepare_model_for_kbit_training`: what is left in 16 bits becomes fp32."""
+    from peft import prepare_model_for_kbit_training
+
+    return prepare_model_for_kbit_training(
+        model,
+        use_gradient_checkpointing=bool(recipe["gradient_checkpointing"]),
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+    )
+
+
+def compute_dtype(recipe: dict[str, Any]) -> torch.dtype:
+    """`bnb_4bit_compute_dtype`: that of mixed precision, else the weights' (bf16 for fp32)."""
+    if recipe["mixed_precision"] != "no":
+        return DTYPES[recipe["mixed_precision"]]
+    return torch.bfloat16 if recipe["dtype"] == "fp32" else DTYPES[recipe["dtype"]]

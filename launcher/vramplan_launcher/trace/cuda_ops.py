@@ -1,0 +1,209 @@
+"""What CUDA does otherwise than a CPU build, op by op and by name.
+
+Composite operations choose their path by device in C++, before a dispatch mode sees them, so the
+paths of CUDA are registered here in their stead (`cuda_paths`). What a CUDA kernel allocates
+inside itself and frees before it returns is in `KERNEL_SCRATCH`. Sources are of torch 2.13.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+aten = torch.ops.aten
+HALF = (torch.float16, torch.bfloat16)
+
+
+def _grad_needed(*tensors: Any) -> bool:
+    return torch.is_grad_enabled() and any(
+        isinstance(t, torch.Tensor) and t.requires_grad for t in tensors
+    )
+
+
+def _pad_last(tensor: torch.Tensor, multiple: int) -> torch.Tensor:
+    """`pad_last_dim` of ATen/native/transformers/attention.cpp."""
+    short = -tensor.size(-1) % multiple
+    return torch.nn.functional.pad(tensor, (0, short)) if short else tensor
+
+
+def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`convert_boolean_attn_mask`: a boolean mask becomes an additive one of the query's dtype."""
+    if mask.dtype != torch.bool:
+        return mask
+    zero = torch.zeros((), dtype=dtype)
+    return torch.where(mask, zero, float("-inf")).to(dtype)
+
+
+def _aligned_bias(mask: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """`preprocess_mask`: the efficient kernel wants rows of the bias aligned to 16 elements."""
+    last = mask.size(-1)
+    if last % 16:
+        mask = torch.nn.functional.pad(mask, (0, 16 - last % 16))[..., :last]
+    return mask.expand(q.size(0), q.size(1), q.size(2), k.size(2))
+
+
+def choose_sdpa_kernel(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, is_causal: bool, gqa: bool
+) -> str:
+    """The kernel that `_fused_sdp_choice` takes on sm_80 and later: flash, efficient or math.
+
+    Source: ATen/native/transformers/cuda/sdp_utils.cpp (`use_flash_attention`,
+    `use_mem_efficient_attention`).
+    """
+    if q.dim() != 4 or min(q.size(2), k.size(2)) == 0:
+        return "math"
+    same_heads = q.size(1) == k.size(1) == v.size(1)
+    rows = all(t.stride(-1) == 1 for t in (q, k, v))
+    if (
+        mask is None
+        and q.dtype in HALF
+        and q.size(-1) == k.size(-1) == v.size(-1) <= 256
+        and (same_heads or (gqa and q.size(1) % k.size(1) == 0))
+        and not (is_causal and q.size(2) != k.size(2))
+        and rows
+    ):
+        return "flash"
+    align = 4 if q.dtype == torch.float32 else 8
+    if (
+        q.dtype in (*HALF, torch.float32)
+        and same_heads
+        and rows
+        and q.size(-1) % align == 0
+        and v.size(-1) % align == 0
+    ):
+        return "efficient"
+    return "math"
+
+
+def _sdpa(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """`scaled_dot_product_attention` of ATen/native/transformers/attention.cpp, on CUDA."""
+    kernel = choose_sdpa_kernel(query, key, value, attn_mask, is_causal, enable_gqa)
+    if kernel == "flash":
+        width = query.size(-1)
+        scale = scale if scale is not None else 1 / math.sqrt(width)
+        q, k, v = (_pad_last(t, 8) for t in (query, key, value))
+        out = aten._scaled_dot_product_flash_attention(
+            q, k, v, dropout_p, is_causal, False, scale=scale
+        )[0]
+        return out if out.size(-1) == width else out[..., :width]
+    mask = attn_mask
+    if mask is not None:
+        mask = _additive(mask, query.dtype)
+    if kernel == "efficient":
+        if mask is not None:
+            mask = _aligned_bias(mask, query, key)
+        lse = _grad_needed(query, key, value, mask)
+        return aten._scaled_dot_product_efficient_attention(
+            query, key, value, mask, lse, dropout_p, is_causal, scale=scale
+        )[0]
+    return aten._scaled_dot_product_attention_math(
+        query, key, value, mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
+    )[0]
+
+
+def _dropout(input: torch.Tensor, p: float, train: bool) -> torch.Tensor:
+    """`dropout` of ATen/native/Dropout.cpp: fused on CUDA (a boolean mask)."""
+    if p == 0 or not train or input.numel() == 0:
+        return input
+    return aten.native_dropout(input, p, True)[0]
+
+
+def _softmax(op: Any, inner: Any) -> Any:
+    """`softmax` with a dtype: CUDA reads fp16 and writes fp32 in one kernel (SoftMax.cpp)."""
+
+    def kernel(self: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        if dtype == torch.float32 and self.dtype == torch.float16:
+            return inner(self, dim, True)
+        source = self if dtype is None else self.to(dtype)
+        return inner(source, dim, False)
+
+    return kernel
+
+
+@contextlib.contextmanager
+def cuda_paths() -> Iterator[None]:
+    """While open, composite operations on CPU tensors take the paths they take on CUDA."""
+    library = torch.library.Library("aten", "IMPL")
+    kernels = {
+        "scaled_dot_product_attention": _sdpa,
+        "dropout": _dropout,
+        "softmax.int": _softmax(aten.softmax.int, aten._softmax.default),
+        "log_softmax.int": _softmax(aten.log_softmax.int, aten._log_softmax.default),
+    }
+    try:
+        for name, kernel in kernels.items():
+            library.impl(name, kernel, "AutogradCPU", allow_override=True)
+        yield
+    finally:
+        library._destroy()
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return (value + multiple - 1) // multiple * multiple
+
+
+def _flash_backward(func: Any, args: tuple[Any, ...], kwargs: Any, out: Any) -> int:
+    """`mha_bwd` (flash_attn/flash_api.cpp): dq in fp32, softmax_d, and dk, dv for every query head."""
+    _, q, k, v = args[:4]
+    batch, heads, rows, width = q.shape
+    rows = _round_up(rows, 128)
+    wide = _round_up(width, 32 if width <= 128 else 64)
+    need = batch * heads * rows * (wide + 1) * 4
+    if k.size(1) != heads:
+        need += 2 * batch * heads * k.size(2) * width * k.element_size()
+    return need
+
+
+def _embedding_backward(func: Any, args: tuple[Any, ...], kwargs: Any, out: Any) -> int:
+    """`embedding_backward_cuda_kernel` (EmbeddingBackwardKernel.cu): sorted and original indices."""
+    indices = args[1]
+    return 2 * indices.numel() * 8
+
+
+KERNEL_SCRATCH: dict[Any, Any] = {
+    aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
+    aten.embedding_dense_backward.default: _embedding_backward,
+}
+
+
+def _layer_norm(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """On CUDA the mean and the reciprocal deviation of 16-bit inputs are fp32."""
+    out, mean, rstd = func(*args, **kwargs)
+    if mean.dtype != torch.float32:
+        mean, rstd = (torch.empty_like(t, dtype=torch.float32) for t in (mean, rstd))
+    return out, mean, rstd
+
+
+REPLACED: dict[Any, Any] = {aten.native_layer_norm.default: _layer_norm}
+"""Operations whose results on CUDA have another shape or type than the meta function's."""
+
+
+def answer_scalar(tensor: torch.Tensor, source: str) -> Any:
+    """What a run on random tokens with an all-ones mask answers where Python asks for a value.
+
+    `source` is the operation that made the tensor: `all` over such a mask is true; comparisons
+    (a layer-drop probability of 0, a search for NaN) are false.
+    """
+    if tensor.dtype == torch.bool:
+        return "aten.all" in source or "aten.eq" in source
+    return 1.0 if tensor.is_floating_point() else 1
+
+
+CUBLAS_WORKSPACE = {"9.0": 32 * 2**20}
+"""Bytes a handle and stream: `getChosenWorkspaceSize` (ATen/cuda/CublasHandlePool.cpp): 32 MiB
+on sm_90, else 4096 KiB x 2 + 16 KiB x 8."""
+CUBLAS_WORKSPACE_DEFAULT = 2 * 4096 * 1024 + 8 * 16 * 1024

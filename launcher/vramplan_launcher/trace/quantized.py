@@ -1,0 +1,250 @@
+"""bitsandbytes on fake tensors, as its CUDA backend behaves.
+
+bitsandbytes' own Python (Linear4bit, MatMul4Bit, MatMul8bitLt, quantize_4bit, the optimizers) runs
+as it is. What is replaced: parameter subclasses, which cannot wrap a fake tensor; the branches
+that look for a CPU; and the insides of the CUDA kernels (`KERNELS`, `SCRATCH`), after
+bitsandbytes/backends/cuda/ops.py and backends/default/ops.py of version 0.50.2.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vramplan_launcher.trace.reduction import Processors
+
+
+def replace_linears(model: nn.Module, recipe: dict[str, Any], compute: torch.dtype) -> None:
+    """Puts bitsandbytes' modules in, as transformers' quantizers do before weights load."""
+    from transformers import BitsAndBytesConfig
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    kind = recipe["quantization"]
+    if kind == "int8":
+        config = BitsAndBytesConfig(load_in_8bit=True)
+        model.is_loaded_in_8bit = True
+    else:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=kind,
+            bnb_4bit_use_double_quant=recipe["double_quant"],
+            bnb_4bit_compute_dtype=compute,
+        )
+        model.is_loaded_in_4bit = True
+    keep = get_keys_to_not_convert(model) + list(model._keep_in_fp32_modules or [])
+    replace_with_bnb_linear(model, modules_to_not_convert=keep, quantization_config=config)
+    model.is_quantized = True
+
+
+def is_quantized_linear(module: nn.Module) -> bool:
+    """Whether bitsandbytes holds this module's weight."""
+    import bitsandbytes as bnb
+
+    return isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt))
+
+
+def load_weight(module: nn.Module, dtype: torch.dtype) -> None:
+    """One weight arrives in `dtype` on the device and is quantized there."""
+    import bitsandbytes as bnb
+
+    old = module.weight
+    value = torch.empty(tuple(old.shape), dtype=dtype)
+    if isinstance(module, bnb.nn.Linear4bit):
+        packed, state = bnb.functional.quantize_4bit(
+            value,
+            blocksize=old.blocksize,
+            compress_statistics=old.compress_statistics,
+            quant_type=old.quant_type,
+            quant_storage=old.quant_storage,
+        )
+        new: Any = nn.Parameter(packed, requires_grad=False)
+        for name in ("blocksize", "compress_statistics", "quant_type", "quant_storage"):
+            setattr(new, name, getattr(old, name))
+        new.quant_state = module.quant_state = state
+        new.bnb_quantized, new.module = True, module
+    else:
+        half = value.to(torch.float16)  # the loader sends it to the host and back as fp16
+        packed, scale, _ = bnb.functional.int8_vectorwise_quant(half)
+        new = nn.Parameter(packed, requires_grad=False)
+        new.CB, new.SCB, new.has_fp16_weights = packed, scale, False
+    module._parameters["weight"] = new
+
+
+@contextlib.contextmanager
+def cuda_backend(counter: Any) -> Iterator[None]:
+    """While open, bitsandbytes' Python takes the branches that it takes on CUDA."""
+    try:
+        import bitsandbytes as bnb
+        from bitsandbytes import functional
+        from bitsandbytes.autograd import _functions
+        from bitsandbytes.optim import optimizer
+    except ImportError:
+        yield
+        return
+
+    def matmul(A: Any, B: Any, out: Any = None, state: Any = None, threshold: float = 0.0, bias: Any = None) -> Any:
+        state = state or _functions.MatmulLtState()
+        if threshold > 0.0:
+            state.threshold = threshold
+        return _functions.MatMul8bitLt.apply(A, B, out, bias, state)
+
+    def paged(*shape: int, dtype: torch.dtype = torch.float32, device: Any = None) -> torch.Tensor:
+        with counter.outside():
+            out = torch.empty(shape, dtype=dtype)
+        out.is_paged, out.page_deviceid = True, 0
+        return out
+
+    def state_buffer(self: Any, p: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        if not self.is_paged or p.numel() < 1e5:
+            return torch.zeros_like(p, dtype=dtype)
+        return paged(*p.shape, dtype=dtype)
+
+    def dynamic_map(*args: Any, **kwargs: Any) -> torch.Tensor:
+        with counter.outside():  # made on the host
+            return torch.empty(256, dtype=torch.float32)
+
+    patches: list[tuple[Any, str, Any]] = [
+        (bnb, "matmul", matmul),
+        (functional, "prefetch_tensor", lambda *a, **k: None),
+        (functional, "create_dynamic_map", dynamic_map),
+        (functional, "name2qmap", {}),
+        (optimizer.Optimizer8bit, "get_state_buffer", state_buffer),
+        (optimizer.Optimizer8bit, "name2qmap", {}) if hasattr(optimizer.Optimizer8bit, "name2qmap") else (functional, "is_on_gpu", functional.is_on_gpu),
+        (optimizer, "sync_gpu", lambda *a: None),
+        (optimizer.GlobalOptimManager, "_instance", None),
+    ]
+    saved = [(owner, name, getattr(owner, name)) for owner, name, _ in patches]
+    for owner, name, value in patches:
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for owner, name, value in saved:
+            setattr(owner, name, value)
+
+
+def _rows(tensor: torch.Tensor) -> int:
+    return tensor.numel() // tensor.shape[-1]
+
+
+def _int8_quant(func: Any, A: torch.Tensor, threshold: float = 0.0) -> Any:
+    """Rows of int8 with their scales; no column is an outlier, as with random weights."""
+    columns = torch.empty(0, dtype=torch.int64) if threshold > 0.0 else None
+    return (
+        torch.empty(A.shape, dtype=torch.int8),
+        torch.empty(_rows(A), dtype=torch.float32),
+        columns,
+    )
+
+
+def _int8_quant_scratch(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+    """`A.abs() >= threshold`: a 16-bit copy and a boolean one."""
+    threshold = kwargs.get("threshold", args[1] if len(args) > 1 else 0.0)
+    return 3 * args[0].numel() if threshold > 0.0 else 0
+
+
+def _int8_mixed(func: Any, A: torch.Tensor, CA: torch.Tensor, CB: torch.Tensor, *rest: Any) -> Any:
+    out = torch.empty((*CA.shape[:-1], CB.shape[0]), dtype=A.dtype)
+    return out, torch.empty(0, dtype=A.dtype)
+
+
+def _int8_mixed_scratch(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+    """The int32 product and, where the result is not fp16, the fp16 one before its cast."""
+    result = out[0] if isinstance(out, (tuple, list)) else out
+    return result.numel() * (4 if result.dtype == torch.float16 else 6)
+
+
+@functools.cache
+def _custom_gemm() -> tuple[Any, int]:
+    """bitsandbytes' own rule of when 4-bit products skip dequantizing, read from its source.
+
+    The module that holds it cannot be imported without CUDA.
+    """
+    spec = importlib.util.find_spec("bitsandbytes")
+    assert spec is not None and spec.origin is not None
+    path = Path(spec.origin).parent / "backends" / "cuda" / "ops.py"
+    tree = ast.parse(path.read_text())
+    wanted = "_gemm_4bit_use_custom_cuda"
+    body: list[ast.stmt] = []
+    most = 1536
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and node.name == wanted:
+            node.decorator_list = []
+            body.append(node)
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            if node.targets[0].id == "_GEMM_4BIT_CUSTOM_FLOOR_M":
+                body.append(node)
+    if not body:
+        return None, 0
+    space: dict[str, Any] = {"torch": torch}
+    exec(compile(ast.Module(body=body, type_ignores=[]), str(path), "exec"), space)
+    return space, most
+
+
+def uses_custom_gemm(
+    dtype: torch.dtype, M: int, N: int, K: int, block: int, capability: str, processors: Processors
+) -> bool:
+    """Whether a 4-bit product of M rows reads the packed weight without dequantizing it."""
+    space, most = _custom_gemm()
+    if not space or M > most or K % block:
+        return False
+    major, minor = (int(part) for part in capability.split("."))
+    space["_gpu_dispatch_props"] = lambda _: (processors.count, major, minor)
+    return bool(space["_gemm_4bit_use_custom_cuda"](0, dtype, M, N, K))
+
+
+def _gemm_scratch(capability: str, processors: Processors) -> Callable[..., int]:
+    def rule(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+        A, _, shape, absmax, block = args[:5]
+        rows, columns = shape
+        if uses_custom_gemm(A.dtype, _rows(A), rows, columns, block, capability, processors):
+            return 0
+        need = rows * columns * A.element_size()
+        nested = kwargs.get("absmax_8bit")
+        if nested is not None:
+            need += 2 * 4 * nested.numel()
+        return need
+
+    return rule
+
+
+def kernels() -> dict[Any, Any]:
+    """Replaced results of bitsandbytes' operations."""
+    if not installed():
+        return {}
+    ops = torch.ops.bitsandbytes
+    return {
+        ops.int8_vectorwise_quant.default: _int8_quant,
+        ops.int8_mixed_scaled_mm.default: _int8_mixed,
+    }
+
+
+def scratch(capability: str, processors: Processors) -> dict[Any, Any]:
+    """What bitsandbytes' CUDA kernels take inside."""
+    if not installed():
+        return {}
+    ops = torch.ops.bitsandbytes
+    return {
+        ops.int8_vectorwise_quant.default: _int8_quant_scratch,
+        ops.int8_mixed_scaled_mm.default: _int8_mixed_scratch,
+        ops.int8_scaled_mm.default: _int8_mixed_scratch,
+        ops.gemm_4bit.default: _gemm_scratch(capability, processors),
+    }
+
+
+def installed() -> bool:
+    """Whether bitsandbytes can be imported."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        return False
+    return True

@@ -1,0 +1,263 @@
+"""Training steps as transformers' `Trainer` and accelerate make them, under a `Counter`."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from vramplan_launcher.trace import autocast, build, cuda_ops, quantized, reduction
+from vramplan_launcher.trace.counting import Counter, Phase
+from vramplan_launcher.trace.reduction import Processors
+
+DEFAULTS: dict[str, Any] = {
+    "dtype": "bf16",
+    "mixed_precision": "bf16",
+    "quantization": None,
+    "double_quant": True,
+    "lora": None,
+    "attention": "sdpa",
+    "gradient_checkpointing": False,
+    "optimizer": "adamw_torch_fused",
+    "batch_size": 1,
+    "seq_len": 2048,
+    "gradient_accumulation_steps": 1,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trace:
+    """What a trace counted: `phases` in the order in which they ran, sizes in bytes."""
+
+    phases: list[Phase]
+    parameters: int
+    trainable_parameters: int
+    counter: Counter
+
+    def step(self, number: int) -> dict[str, Phase]:
+        """The phases of step `number` (the first is 1) by name; step 0 is load and prepare."""
+        prefix = f"{number}:"
+        return {p.name.removeprefix(prefix): p for p in self.phases if p.name.startswith(prefix)}
+
+    @property
+    def peak_allocated(self) -> int:
+        """The most over the steps, loading left out."""
+        return max(p.peak for p in self.phases if not p.name.startswith("0:"))
+
+
+def trace(
+    config: dict[str, Any],
+    recipe: dict[str, Any] | None = None,
+    *,
+    layers: int | None = None,
+    steps: int = 2,
+    compute_capability: str = "9.0",
+    processors: Processors | None = None,
+    keep_events: bool = False,
+    watch_peak: bool = False,
+) -> Trace:
+    """Runs `steps` training steps of `recipe` on fake tensors and returns what was counted.
+
+    `config` is a Hugging Face `config.json`; `recipe` has the fields of `vramplan.Recipe` (those
+    left out take its defaults); `layers` cuts the depth. `watch_peak` keeps the storages that are
+    live at each phase's peak and end; `keep_events` keeps every allocation and release in order.
+    """
+    chosen = {**DEFAULTS, **(recipe or {})}
+    processors = processors or Processors()
+    counter = Counter(
+        scratch={
+            **cuda_ops.KERNEL_SCRATCH,
+            **reduction.scratch(processors),
+            **quantized.scratch(compute_capability, processors),
+        },
+        replaced={**cuda_ops.REPLACED, **quantized.kernels()},
+        answer=cuda_ops.answer_scalar,
+        keep_events=keep_events,
+        watch_peak=watch_peak,
+    )
+    hf = build.hf_config(config, layers)
+    skeleton = build.skeleton(hf, chosen)
+    with cuda_semantics(counter), FakeTensorMode(allow_non_fake_inputs=True), counter:
+        run = Run(skeleton, chosen, counter, compute_capability)
+        run.load()
+        run.prepare()
+        run.train(steps)
+        return Trace(
+            phases=counter.phases,
+            parameters=sum(p.numel() for p in run.model.parameters()),
+            trainable_parameters=sum(p.numel() for p in run.model.parameters() if p.requires_grad),
+            counter=counter,
+        )
+
+
+@contextlib.contextmanager
+def cuda_semantics(counter: Counter) -> Iterator[None]:
+    """CUDA's autocast lists and composite paths; transformers is told that nothing is traced."""
+    from transformers.utils import import_utils
+
+    was = import_utils.is_fake_tensor
+    import_utils.is_fake_tensor = lambda _: False
+    gc.collect()
+    try:
+        with autocast.cuda_lists(), cuda_ops.cuda_paths(), quantized.cuda_backend(counter):
+            yield
+    finally:
+        import_utils.is_fake_tensor = was
+
+
+class Run:
+    """One run: the model, its optimizer and the steps."""
+
+    def __init__(
+        self, model: nn.Module, recipe: dict[str, Any], counter: Counter, capability: str
+    ) -> None:
+        self.model = model
+        self.recipe = recipe
+        self.counter = counter
+        self.workspace = cuda_ops.CUBLAS_WORKSPACE.get(
+            capability, cuda_ops.CUBLAS_WORKSPACE_DEFAULT
+        )
+
+    def load(self) -> None:
+        """`from_pretrained` onto the device."""
+        self.counter.category = "parameter"
+        with self.counter.measure("0:load"):
+            build.materialize(self.model, build.DTYPES[self.recipe["dtype"]])
+            gc.collect()
+
+    def prepare(self) -> None:
+        """Adapters, checkpointing, and the forward that accelerate wraps."""
+        recipe, counter = self.recipe, self.counter
+        with counter.measure("0:prepare"):
+            if recipe["quantization"]:
+                self.model = build.prepare_for_kbit(self.model, recipe)
+            if recipe["lora"]:
+                self.model = build.add_lora(self.model, recipe)
+            if recipe["gradient_checkpointing"]:
+                if recipe["lora"]:
+                    self.model.enable_input_require_grads()
+                self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.config.use_cache = False
+            self.model.train()
+        self._label_parameters()
+        self._name_modules()
+        self.loss_kwargs = build.accepts_loss_kwargs(self.model)
+        if recipe["mixed_precision"] != "no":
+            self._wrap_forward(build.DTYPES[recipe["mixed_precision"]])
+        self.optimizer = build.make_optimizer(self.model, recipe)
+        self.scaler = (
+            torch.zeros((), dtype=torch.float32) if recipe["mixed_precision"] == "fp16" else None
+        )
+
+    def _wrap_forward(self, dtype: torch.dtype) -> None:
+        from accelerate.utils import convert_outputs_to_fp32
+
+        forward = self.model.forward
+        context = torch.autocast("cpu", dtype=dtype)
+        function = getattr(forward, "__func__", None)
+        if function is not None:
+            wrapped = convert_outputs_to_fp32(context(function))
+            self.model.forward = types.MethodType(wrapped, self.model)
+        else:
+            self.model.forward = convert_outputs_to_fp32(context(forward))
+
+    def _label_parameters(self) -> None:
+        for name, value in self.model.named_parameters():
+            self.counter.relabel(value, "parameter", name)
+        for name, value in self.model.named_buffers():
+            self.counter.relabel(value, "parameter", name)
+
+    def _name_modules(self) -> None:
+        """Tells the counter which module is running."""
+        counter, stack = self.counter, [""]
+
+        def before(name: str) -> Any:
+            def hook(module: nn.Module, args: Any) -> None:
+                stack.append(name)
+                counter.module = name
+
+            return hook
+
+        def after(module: nn.Module, args: Any, out: Any) -> None:
+            if len(stack) > 1:
+                stack.pop()
+            counter.module = stack[-1]
+
+        for name, module in self.model.named_modules():
+            module.register_forward_pre_hook(before(name))
+            module.register_forward_hook(after, always_call=True)
+
+    def batch(self) -> dict[str, torch.Tensor]:
+        """Token ids, labels and a mask of ones, int64."""
+        shape = (self.recipe["batch_size"], self.recipe["seq_len"])
+        names = ("input_ids", "labels", "attention_mask")
+        return {name: torch.empty(shape, dtype=torch.int64) for name in names}
+
+    def train(self, steps: int) -> None:
+        """`Trainer`'s inner loop."""
+        self.total = torch.zeros(())
+        self.held: tuple[Any, ...] = ()
+        for number in range(1, steps + 1):
+            self.step(number)
+
+    def step(self, number: int) -> None:
+        counter, micro = self.counter, self.recipe["gradient_accumulation_steps"]
+        counter.category = "activation"
+        batches = [self.batch() for _ in range(micro)]
+        items = torch.ones((), dtype=torch.int64)
+        self.held = (
+            batches,
+            items,
+        )  # the loop's names keep them until the next step's replace them
+        for index in range(micro):
+            tag = f"{number}:" if index == micro - 1 else f"{number}.{index}:"
+            inputs = batches[index]
+            loss = self.forward_backward(tag, number == 1 and index == 0, inputs, items)
+            self.total += loss
+            del loss, inputs
+        with counter.measure(f"{number}:clip"):
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0, foreach=True)
+        with counter.measure(f"{number}:optimizer_step"):
+            counter.category = "optimizer"
+            self.optimizer.step()
+            counter.category = "activation"
+        with counter.measure(f"{number}:step_end"):
+            self.model.zero_grad()
+        self.held += (norm,)
+
+    def forward_backward(
+        self, tag: str, first: bool, inputs: dict[str, torch.Tensor], items: torch.Tensor
+    ) -> torch.Tensor:
+        counter = self.counter
+        with counter.measure(f"{tag}forward"):
+            if first:
+                counter.keep(self.workspace, "cuBLAS workspace (forward thread)", "workspace")
+            loss = self.compute_loss(inputs, items)
+        with counter.measure(f"{tag}backward"):
+            if first:
+                counter.keep(self.workspace, "cuBLAS workspace (autograd thread)", "workspace")
+            del inputs
+            counter.category = "gradient"
+            if not self.loss_kwargs:
+                loss = loss / self.recipe["gradient_accumulation_steps"]
+            scaled = loss / 1
+            if self.scaler is not None:
+                scaled = scaled * self.scaler
+            scaled.backward()
+            del scaled
+            counter.category = "activation"
+            return loss.detach()
+
+    def compute_loss(self, inputs: dict[str, torch.Tensor], items: torch.Tensor) -> torch.Tensor:
+        kwargs = {"num_items_in_batch": items} if self.loss_kwargs else {}
+        outputs = self.model(**inputs, **kwargs)
+        loss = outputs["loss"]
+        loss *= 1  # num_processes
+        return loss

@@ -1,0 +1,320 @@
+"""One rule an op: what it saves for backward, what it allocates forward and backward.
+
+Every rule names the autograd formula it comes from (tools/autograd/derivatives.yaml and
+FunctionsManual.cpp of torch 2.11-2.13). A rule allocates its output with `new`; its backward
+receives the gradients of its outputs and returns those of its inputs, in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vramplan.memory.tape import Size, Tape, Value
+
+WIDTH = {"bool": 0, "int64": 0, "bf16": 1, "fp16": 1, "fp32": 2}
+
+
+def promote(a: str, b: str) -> str:
+    """torch.result_type for the floating dtypes used here (bf16 with fp16 gives fp32)."""
+    if WIDTH[a] == WIDTH[b] and a != b and WIDTH[a] == 1:
+        return "fp32"
+    return a if WIDTH[a] >= WIDTH[b] else b
+
+
+class Elementwise(Tape):
+    """Pointwise, reduction and view ops."""
+
+    def add(self, a: Value, b: Value) -> Value:
+        """add.Tensor: saves nothing; both inputs receive the same gradient tensor."""
+        big = a if a.size.rank() >= b.size.rank() else b
+
+        def compute() -> Value:
+            out = self.new(big.size, promote(a.dtype, b.dtype))
+            out.strided = big.strided
+            return out
+
+        return self.record((a, b), lambda: (), compute, lambda grad: (grad, grad.alias()))
+
+    def mul(self, a: Value, b: Value | float) -> Value:
+        """mul.Tensor: each side saves the other; mul.Scalar and div.Scalar save nothing."""
+        if not isinstance(b, Value):
+            return self.unary(a, saves_input=False)
+        big = a if a.size.rank() >= b.size.rank() else b
+        dtype = promote(a.dtype, b.dtype)
+
+        def compute() -> Value:
+            out = self.new(big.size, dtype)
+            out.strided = big.strided
+            return out
+
+        need = (a.requires_grad, b.requires_grad)
+
+        def backward(grad: Value) -> tuple[Value | None, Value | None]:
+            return tuple(self.new(grad.size, dtype) if n else None for n in need)  # type: ignore
+
+        saved = lambda: (b if need[0] else None, a if need[1] else None)  # noqa: E731
+        return self.record((a, b), saved, compute, backward)
+
+    def unary(
+        self,
+        x: Value,
+        *,
+        saves_input: bool = True,
+        saves_output: bool = False,
+        temporaries: int = 0,
+    ) -> Value:
+        """A pointwise op whose backward needs its input, its output, or neither."""
+
+        def compute() -> Value:
+            out = self.new(x.size, x.dtype)
+            out.strided = x.strided
+            return out
+
+        def backward(grad: Value) -> Value:
+            inner = [self.new(x_size, x_dtype) for _ in range(temporaries)]
+            out = self.new(x_size, grad.dtype)
+            del inner
+            return out
+
+        x_size, x_dtype = x.size, x.dtype
+        out = self.record((x,), lambda: (x,) if saves_input else (), compute, backward)
+        if saves_output:
+            self.save_output(out)
+        return out
+
+    def neg(self, x: Value) -> Value:
+        """neg: saves nothing."""
+        return self.unary(x, saves_input=False)
+
+    def pow(self, x: Value) -> Value:
+        """pow.Tensor_Scalar: saves self; pow_backward = grad * (exponent * self.pow(exponent-1))."""
+        return self.unary(self.full(x), temporaries=2)
+
+    def rsqrt(self, x: Value) -> Value:
+        """rsqrt: saves result; backward -0.5 * grad * result.pow(3), on a row's worth of numbers."""
+        return self.unary(self.full(x), saves_input=False, saves_output=True, temporaries=2)
+
+    def tanh(self, x: Value) -> Value:
+        """tanh: saves result; tanh_backward is one kernel."""
+        return self.unary(x, saves_input=False, saves_output=True)
+
+    sigmoid = relu = tanh  # the same shape of rule: result saved, one kernel backward
+
+    def silu(self, x: Value) -> Value:
+        """silu, gelu: save self; one kernel backward."""
+        return self.unary(x)
+
+    gelu = silu
+
+    def mean(self, x: Value, last: int) -> Value:
+        """mean over the last dimension: saves nothing; backward expands, then divides (dense)."""
+        size, dtype = x.size, x.dtype
+        return self.record(
+            (x,),
+            lambda: (),
+            lambda: self.new(size.per(last), dtype),
+            lambda grad: self.new(size, dtype),
+        )
+
+    def to(self, x: Value, dtype: str) -> Value:
+        """_to_copy, or the tensor itself when it already has that dtype."""
+        if x.dtype == dtype:
+            return x
+        if x.parameter is not None:
+            x = x.alias()
+        before = x.dtype
+
+        def compute() -> Value:
+            out = self.new(x.size, dtype)
+            out.strided = x.strided
+            return out
+
+        return self.record((x,), lambda: (), compute, lambda g: self.new(g.size, before))
+
+    def float(self, x: Value) -> Value:
+        return self.to(x, "fp32")
+
+    def full(self, x: Value) -> Value:
+        """Autocast's fp32 list (pow, rsqrt, layer_norm, softmax, nll_loss, ...)."""
+        return self.to(x, "fp32") if self.autocast else x
+
+    def lower(self, x: Value) -> Value:
+        """Autocast's 16-bit list (linear, matmul, bmm, baddbmm, sdpa, ...).
+
+        Copies of trainable fp32 weights are cached until autocast is left
+        (aten/src/ATen/autocast_mode.cpp, cached_cast).
+        """
+        if not self.autocast or x.dtype == self.autocast or WIDTH[x.dtype] == 0:
+            return x
+        parameter = x.parameter
+        if parameter is None or not parameter.requires_grad or parameter.dtype != "fp32":
+            return self.to(x, self.autocast)
+        if parameter.cast is None:
+            parameter.cast = self.to(x, self.autocast)
+            self.casts.append(parameter)
+        return parameter.cast
+
+    def clone(self, x: Value) -> Value:
+        """clone or contiguous: a copy; the gradient passes through."""
+        return self.record(
+            (x,), lambda: (), lambda: self.new(x.size, x.dtype), lambda grad: grad
+        )
+
+    def slice(self, x: Value, numerator: int, denominator: int) -> Value:
+        """A view of a part; slice_backward writes the gradient into zeros of the full size."""
+        size, dtype = x.size, x.dtype
+        part = size.times(numerator).per(denominator)
+
+        def compute() -> Value:
+            out = Value(self, x.storage, part, dtype)
+            out.strided = x.strided
+            return out
+
+        return self.record((x,), lambda: (), compute, lambda grad: self.new(size, dtype))
+
+    def split(self, x: Value, parts: Sequence[int]) -> tuple[Value, ...]:
+        """split, chunk, unbind: views; backward concatenates the gradients."""
+        size, dtype, total = x.size, x.dtype, sum(parts)
+
+        def compute() -> tuple[Value, ...]:
+            return tuple(Value(self, x.storage, size.times(n).per(total), dtype) for n in parts)
+
+        def backward(*grads: Value) -> Value:
+            return self.new(size, dtype)
+
+        return self.record((x,), lambda: (), compute, backward)
+
+    def cat(self, values: Sequence[Value]) -> Value:
+        """cat: saves nothing; the gradients are views of the incoming one."""
+        count = sum(v.size.count for v in values)
+        big = max(values, key=lambda v: v.size.rank())
+        dtype = big.dtype
+        for v in values:
+            dtype = promote(dtype, v.dtype)
+        sizes = [v.size for v in values]
+
+        def compute() -> Value:
+            out = self.new(Size(count, big.size.batch, big.size.seq), dtype)
+            out.strided = big.strided
+            return out
+
+        def backward(grad: Value) -> tuple[Value, ...]:
+            return tuple(Value(self, grad.storage, s, grad.dtype, view=True) for s in sizes)
+
+        return self.record(tuple(values), lambda: (), compute, backward)
+
+    def expand(self, x: Value, times: int) -> Value:
+        """expand + reshape (repeat_kv): a copy; the gradient is summed over the repeats."""
+        if times == 1:
+            return x
+        size, dtype = x.size, x.dtype
+        return self.record(
+            (x,),
+            lambda: (),
+            lambda: self.new(size.times(times), dtype),
+            lambda grad: self.new(size, dtype),
+        )
+
+    def dropout(self, x: Value, p: float) -> Value:
+        """native_dropout (fused on CUDA): an output and a bool mask, the mask saved; p=0 is x."""
+        if p <= 0:
+            return x
+        size, dtype = x.size, x.dtype
+        mask: list[Value] = []
+
+        def compute() -> Value:
+            out = self.new(size, dtype)
+            mask.append(self.new(size, "bool"))
+            return out
+
+        out = self.record((x,), lambda: (), compute, lambda grad: self.new(size, dtype))
+        if out.node is not None:
+            kept = self.pack([mask[0].storage])
+            out.node.saved = [*out.node.saved, *kept]
+        return out
+
+    def masked_fill(self, x: Value, mask: Value) -> Value:
+        """masked_fill.Scalar: saves mask; backward masks a copy of the gradient."""
+        return self.record(
+            (x,),
+            lambda: (mask,),
+            lambda: self.new(x.size, x.dtype),
+            lambda grad: self.new(grad.size, grad.dtype),
+        )
+
+
+class Ops(Elementwise):
+    """Products, norms and softmax."""
+
+    def matmul(self, a: Value, b: Value, out: Size) -> Value:
+        """bmm: each operand saves the other."""
+        a, b = self.lower(a), self.lower(b)
+        sizes, need, dtype = (a.size, b.size), (a.requires_grad, b.requires_grad), a.dtype
+
+        def backward(grad: Value) -> tuple[Value | None, ...]:
+            return tuple(
+                self.new(s, dtype) if n else None for s, n in zip(sizes, need, strict=True)
+            )
+
+        saved = lambda: (b if need[0] else None, a if need[1] else None)  # noqa: E731
+        return self.record((a, b), saved, lambda: self.new(out, dtype), backward)
+
+    def dense(self, x: Value, weight: Value, bias: Value | None, n_in: int, n_out: int) -> Value:
+        """linear (mm / addmm on a 2-D view): x saved for the weight, the weight saved for x.
+
+        Both gradients come back through views (of the rows, of weight.t()), which cannot be
+        accumulated into in place.
+        """
+        x, weight = self.lower(x), self.lower(weight)
+        inputs = (x, weight) if bias is None else (x, weight, self.lower(bias))
+        need = tuple(v.requires_grad for v in inputs)
+        sizes = tuple(v.size for v in inputs)
+        dtype = x.dtype
+        size = x.size.per(n_in).times(n_out)
+
+        def backward(grad: Value) -> tuple[Value | None, ...]:
+            grads = [self.new(s, dtype) if n else None for s, n in zip(sizes, need, strict=True)]
+            for g in grads[:2]:
+                if g is not None:
+                    g.view = True
+            return tuple(grads)
+
+        saved = lambda: (weight if need[0] else None, x if need[1] else None)  # noqa: E731
+        return self.record(inputs, saved, lambda: self.new(size, dtype), backward)
+
+    def layer_norm(
+        self, x: Value, weight: Value | None, bias: Value | None, width: int
+    ) -> Value:
+        """native_layer_norm: saves input, mean, rstd (fp32) and weight; on autocast's fp32 list."""
+        x = self.full(x)
+        inputs = [x] + [self.full(v) for v in (weight, bias) if v is not None]
+        sizes = [(v.size, v.dtype, v.requires_grad) for v in inputs]
+        rows = x.size.per(width)
+        statistics: list[Value] = []
+
+        def compute() -> Value:
+            out = self.new(x.size, x.dtype)
+            statistics.extend((self.new(rows, "fp32"), self.new(rows, "fp32")))
+            return out
+
+        def backward(grad: Value) -> tuple[Value | None, ...]:
+            return tuple(self.new(s, d) if n else None for s, d, n in sizes)
+
+        out = self.record(inputs, lambda: (x, *inputs[1:2]), compute, backward)
+        if out.node is not None:
+            kept = self.pack([v.storage for v in statistics])
+            out.node.saved = [*out.node.saved, *kept]
+        return out
+
+    def softmax(self, x: Value, dtype: str | None = None) -> Value:
+        """softmax: saves result. `dtype` converts first; CUDA fuses that for fp16 alone."""
+        target = "fp32" if self.autocast else dtype or x.dtype
+        fused = target == "fp32" and x.dtype == "fp16"
+        if not fused:
+            x = self.to(x, target)
+        size, before = x.size, x.dtype
+        out = self.record(
+            (x,), lambda: (), lambda: self.new(size, target), lambda grad: self.new(size, before)
+        )
+        self.save_output(out)
+        return out

@@ -1,0 +1,131 @@
+"""Recording a step: a family's description run forward and backward as Trainer runs the model.
+
+At most three layers of each run of equal ones are run (the first, one of the middle, the last);
+the marks say how often each stands for itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from vramplan.memory.graph import Graph
+from vramplan.memory.precision import Policy
+from vramplan.memory.tape import LEAF_ORDER, Value
+from vramplan.models.architecture import Architecture
+from vramplan.models.blocks import family
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """Where a section begins in the events."""
+
+    phase: str
+    name: str
+    start: int
+    repeats: int = 1
+    gathers: bool = False
+    """Frees what the repetitions of earlier sections allocated, all at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """`events`: storage i born as i, freed as ~i; `sizes` and `categories` by storage."""
+
+    marks: tuple[Mark, ...]
+    events: list[int]
+    sizes: list[tuple[int, int, int]]
+    categories: list[str]
+
+
+class Recorder(Graph):
+    """A graph that marks where the sections of forward and backward begin."""
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__(policy)
+        self.marks: list[Mark] = []
+        self.bounds: list[tuple[int, Mark]] = []  # first node order of a forward section
+
+    def mark(self, phase: str, name: str, repeats: int = 1, gathers: bool = False) -> None:
+        mark = Mark(phase, name, len(self.events), repeats, gathers)
+        self.marks.append(mark)
+        if phase == "forward" and not gathers:
+            self.bounds.append((self.order, mark))
+
+    def begin_backward(self) -> None:
+        self._mark_backward(self.bounds[-1][1])
+
+    def passed(self, order: int) -> None:
+        """A node made in an earlier section than the current one begins that section's backward."""
+        while order != LEAF_ORDER and order <= self.bounds[-1][0]:
+            self.bounds.pop()
+            self._mark_backward(self.bounds[-1][1])
+
+    def _mark_backward(self, forward: Mark) -> None:
+        self.marks.append(replace(forward, phase="backward", start=len(self.events)))
+
+
+def record_step(arch: Architecture, policy: Policy) -> Recording:
+    """Record one micro-batch, from the inputs to the end of backward."""
+    g = Recorder(policy)
+    model = family(arch.family)(arch, g)
+    g.mark("forward", "inputs")
+    loss = _compute_loss(g, model)
+    g.category = "temporary"
+    g.begin_backward()
+    g.backward(loss)
+    g.mark("end", "end")
+    return Recording(tuple(g.marks), g.events[: g.marks[-1].start], g.sizes, g.categories)
+
+
+def _compute_loss(g: Recorder, model: Any) -> Value:
+    """Trainer.compute_loss: the model under autocast, its outputs then converted to fp32.
+
+    accelerate's convert_outputs_to_fp32 copies what is 16-bit; the copy lives until the loss is
+    taken from the outputs.
+    """
+    loss, logits = _forward(g, model)
+    g.mark("forward", "autocast exit", gathers=True)
+    g.clear_autocast_cache()
+    if g.policy.autocast:
+        logits = g.float(logits)
+    return loss
+
+
+def _forward(g: Recorder, model: Any) -> tuple[Value, Value]:
+    hidden = _hidden_states(g, model)
+    logits = model.head(hidden)
+    return g.loss(logits, model.arch.vocab_size), logits
+
+
+def _hidden_states(g: Recorder, model: Any) -> Value:
+    embedded = model.embed()
+    if g.policy.checkpointing and not g.policy.trains_base:
+        embedded = g.require_grad(embedded)
+    tables = model.prepare(embedded)
+    x = embedded
+    for layer, repeats in layers_to_run([model.kind(i) for i in range(model.arch.layers)]):
+        g.mark("forward", f"layer {layer}", repeats)
+        if g.policy.checkpointing:
+            x = g.checkpoint(model.run, x, layer, tables)
+        else:
+            x = model.run(x, layer, tables)
+    g.mark("forward", "head")
+    return model.final_norm(x)
+
+
+def layers_to_run(kinds: list[str]) -> list[tuple[int, int]]:
+    """(layer, repeats): of each run of equal layers the first, one of the middle, the last."""
+    out: list[tuple[int, int]] = []
+    start = 0
+    while start < len(kinds):
+        stop = start
+        while stop < len(kinds) and kinds[stop] == kinds[start]:
+            stop += 1
+        out.append((start, 1))
+        if stop - start > 2:
+            out.append((start + 1, stop - start - 2))
+        if stop - start > 1:
+            out.append((stop - 1, 1))
+        start = stop
+    return out

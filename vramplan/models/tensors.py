@@ -1,0 +1,162 @@
+"""Every parameter of a model: name, shape, role; found by running its description for names only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from types import SimpleNamespace
+from typing import Any
+
+from vramplan.models.architecture import Architecture
+from vramplan.models.blocks import family
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tensor:
+    """A parameter or buffer, or as many equal ones as there are layers of its kind."""
+
+    name: str
+    """As in the state dict; `{layer}` where one stands in each of `layers`."""
+    shape: tuple[int, ...]
+    role: str
+    """embedding | linear | head | norm | bias | expert | router | buffer | other"""
+    layers: tuple[int, ...] = ()
+    quantizable: bool = False
+    """A weight that transformers replaces by bitsandbytes' under quantization."""
+    adaptable: bool = False
+    """A linear's weight that peft's all-linear adapts."""
+    dtype: str | None = None
+    """The dtype that it keeps whatever the model is loaded in; None: the model's."""
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def count(self) -> int:
+        return len(self.layers) or 1
+
+    def names(self) -> Iterator[str]:
+        if not self.layers:
+            yield self.name
+        for layer in self.layers:
+            yield self.name.replace("{layer}", str(layer))
+
+
+class Blank:
+    """The value of every op while only names are wanted."""
+
+    dtype = "fp32"
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "tape":
+            return _BLANK_TAPE
+        return lambda *args, **kwargs: self
+
+    def split(self, parts: Sequence[int]) -> tuple[Blank, ...]:
+        return tuple(self for _ in parts)
+
+    def _itself(self, *args: Any) -> Blank:
+        return self
+
+    __add__ = __radd__ = __mul__ = __rmul__ = __sub__ = __truediv__ = __neg__ = _itself
+
+
+BLANK = Blank()
+
+
+class Inventory:
+    """A builder that notes parameters and computes nothing."""
+
+    def __init__(self) -> None:
+        self.policy = SimpleNamespace(
+            attention="sdpa", quantization=None, rank=None, autocast=None, checkpointing=False
+        )
+        self.found: dict[str, Tensor] = {}
+        self.layers: tuple[int, ...] = ()
+        self.marker = ""
+
+    def note(self, name: str, shape: tuple[int, ...], role: str, **facts: Any) -> Blank:
+        if self.marker:
+            name = name.replace(self.marker, self.marker.rpartition(".")[0] + ".{layer}", 1)
+        key = f"{name}@{self.layers[0]}" if self.layers else name
+        if key not in self.found:
+            self.found[key] = Tensor(
+                name=name, shape=shape, role=role, layers=self.layers, **facts
+            )
+        return BLANK
+
+    def parameter(self, name: str, *shape: int, trains: bool | None = None) -> Blank:
+        return self.note(name, shape, _role(name))
+
+    def embedding(self, name: str, rows: int, width: int, size: Any = None) -> Blank:
+        return self.note(f"{name}.weight", (rows, width), "embedding")
+
+    def head(self, x: Blank, name: str, n_in: int, n_out: int, bias: str | bool) -> Blank:
+        self.note(name, (n_out, n_in), "head")
+        return self.note(bias, (n_out,), "bias") if isinstance(bias, str) else BLANK
+
+    def linear(
+        self,
+        x: Blank,
+        name: str,
+        n_in: int,
+        n_out: int,
+        bias: bool = False,
+        quantizable: bool = True,
+        adaptable: bool = True,
+        transposed: bool = False,
+    ) -> Blank:
+        shape = (n_in, n_out) if transposed else (n_out, n_in)
+        facts = {"quantizable": quantizable, "adaptable": adaptable}
+        self.note(f"{name}.weight", shape, "linear", **facts)
+        return self.note(f"{name}.bias", (n_out,), "bias") if bias else BLANK
+
+    def experts(self, x: Blank, name: str, weights: Sequence[tuple[str, tuple[int, ...]]]) -> Blank:
+        for suffix, shape in weights:
+            self.note(f"{name}.{suffix}", shape, "expert")
+        return BLANK
+
+    def buffer(self, name: str, numel: int, dtype: str = "fp32") -> None:
+        self.note(name, (numel,), "buffer", dtype=dtype)
+
+    def rotary_tables(self, x: Blank, width: int) -> tuple[Blank, Blank]:
+        return BLANK, BLANK
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: BLANK
+
+
+_BLANK_TAPE: Any = Inventory()
+
+
+def _role(name: str) -> str:
+    if name.endswith(".bias"):
+        return "bias"
+    return "norm" if "norm" in name.lower() or ".ln" in name else "other"
+
+
+@lru_cache(maxsize=256)
+def inventory(arch: Architecture) -> tuple[Tensor, ...]:
+    """All parameters and buffers of `arch`; tied weights once."""
+    g = Inventory()
+    model = family(arch.family)(arch, g)
+    x = model.embed()
+    tables = model.prepare(x)
+    kinds: dict[str, list[int]] = {}
+    for layer in range(arch.layers):
+        kinds.setdefault(model.kind(layer), []).append(layer)
+    for layers in kinds.values():
+        g.layers, g.marker = tuple(layers), f"{model.layers_name}.{layers[0]}"
+        model.run(x, layers[0], tables)
+    g.layers, g.marker = (), ""
+    model.head(model.final_norm(x))
+    model.buffers()
+    return tuple(g.found.values())
+
+
+def parameter_count(arch: Architecture) -> int:
+    """Number of parameters, tied weights once; buffers are none."""
+    return sum(t.numel * t.count for t in inventory(arch) if t.role != "buffer")
