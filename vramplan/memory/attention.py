@@ -7,7 +7,7 @@ flash-attn 2.8.
 
 from __future__ import annotations
 
-from vramplan.memory.ops import Ops
+from vramplan.memory.activations import Activations
 from vramplan.memory.tape import Size, Value
 
 HEAD_ROUNDING = 32  # flash backward's fp32 accumulator: head size up to a multiple of 32
@@ -18,7 +18,7 @@ def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-class Attention(Ops):
+class Attention(Activations):
     """The fused kernels behind `scaled_dot_product_attention` and flash-attn."""
 
     def flash(

@@ -22,7 +22,6 @@ class Graph(Attention):
         super().__init__()
         self.policy = policy
         self.autocast = policy.autocast
-        self.parameters: list[Parameter] = []
         self.shared: dict[str, Parameter] = {}
 
     # -- weights ------------------------------------------------------------------------------
@@ -34,17 +33,20 @@ class Graph(Attention):
         parameter = self.shared.get(name)
         if parameter is None:
             trains = self.policy.trains_base if trains is None else trains
-            parameter = Parameter(name, Size(count), self.policy.weight_dtype, trains)
-            self.shared[name] = parameter
-            self.parameters.append(parameter)
+            parameter = self._declare(name, count, self.policy.weight_dtype, trains)
         return self.leaf(parameter)
+
+    def _declare(self, name: str, count: int, dtype: str, trains: bool) -> Parameter:
+        parameter = Parameter(name, Size(count), dtype, trains)
+        if self.policy.accumulating and trains:
+            parameter.grad = Value(self, None, parameter.size, dtype)
+        self.shared[name] = parameter
+        return parameter
 
     def adapter(self, name: str, count: int) -> Value:
         parameter = self.shared.get(name)
         if parameter is None:
-            parameter = Parameter(name, Size(count), self.policy.adapter_dtype, True)
-            self.shared[name] = parameter
-            self.parameters.append(parameter)
+            parameter = self._declare(name, count, self.policy.adapter_dtype, True)
         return self.leaf(parameter)
 
     # -- linear -------------------------------------------------------------------------------
@@ -200,8 +202,10 @@ class Graph(Attention):
             return out
 
         def backward(grad: Value) -> Value:
-            return Value(self, grad.storage, size, dtype, view=True) if grad.strided else self.new(
-                size, dtype
+            return (
+                Value(self, grad.storage, size, dtype, view=True)
+                if grad.strided
+                else self.new(size, dtype)
             )
 
         return self.record((x,), lambda: (), compute, backward)

@@ -156,9 +156,7 @@ class Elementwise(Tape):
 
     def clone(self, x: Value) -> Value:
         """clone or contiguous: a copy; the gradient passes through."""
-        return self.record(
-            (x,), lambda: (), lambda: self.new(x.size, x.dtype), lambda grad: grad
-        )
+        return self.record((x,), lambda: (), lambda: self.new(x.size, x.dtype), lambda grad: grad)
 
     def slice(self, x: Value, numerator: int, denominator: int) -> Value:
         """A view of a part; slice_backward writes the gradient into zeros of the full size."""
@@ -185,7 +183,7 @@ class Elementwise(Tape):
         return self.record((x,), lambda: (), compute, backward)
 
     def cat(self, values: Sequence[Value]) -> Value:
-        """cat: saves nothing; the gradients are views of the incoming one."""
+        """cat: saves nothing, is contiguous; the gradients are views of the incoming one."""
         count = sum(v.size.count for v in values)
         big = max(values, key=lambda v: v.size.rank())
         dtype = big.dtype
@@ -194,9 +192,7 @@ class Elementwise(Tape):
         sizes = [v.size for v in values]
 
         def compute() -> Value:
-            out = self.new(Size(count, big.size.batch, big.size.seq), dtype)
-            out.strided = big.strided
-            return out
+            return self.new(Size(count, big.size.batch, big.size.seq), dtype)
 
         def backward(grad: Value) -> tuple[Value, ...]:
             return tuple(Value(self, grad.storage, s, grad.dtype, view=True) for s in sizes)
@@ -282,9 +278,7 @@ class Ops(Elementwise):
         saved = lambda: (weight if need[0] else None, x if need[1] else None)  # noqa: E731
         return self.record(inputs, saved, lambda: self.new(size, dtype), backward)
 
-    def layer_norm(
-        self, x: Value, weight: Value | None, bias: Value | None, width: int
-    ) -> Value:
+    def layer_norm(self, x: Value, weight: Value | None, bias: Value | None, width: int) -> Value:
         """native_layer_norm: saves input, mean, rstd (fp32) and weight; on autocast's fp32 list."""
         x = self.full(x)
         inputs = [x] + [self.full(v) for v in (weight, bias) if v is not None]

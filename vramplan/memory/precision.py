@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vramplan.models.architecture import Architecture
+from vramplan.recipe.recipe import Recipe
+
 
 @dataclass(frozen=True, slots=True)
 class Policy:
@@ -40,3 +43,25 @@ class Policy:
         if self.targets == "all-linear":
             return True
         return any(name == t or name.endswith("." + t) for t in self.targets)
+
+
+def policy_of(recipe: Recipe, arch: Architecture) -> Policy:
+    """The policy that a recipe means for a model."""
+    lora = recipe.lora
+    autocast = None if recipe.mixed_precision == "no" else recipe.mixed_precision
+    return Policy(
+        dtype=recipe.dtype,
+        autocast=autocast,
+        quantization=recipe.quantization,
+        double_quant=recipe.double_quant,
+        compute_dtype=autocast or recipe.dtype,
+        rank=lora.rank if lora else None,
+        lora_dropout=float(lora.dropout) if lora else 0.0,
+        adapter_dtype=lora.dtype if lora else "fp32",
+        targets=lora.target_modules if lora else None,
+        attention=recipe.attention,
+        checkpointing=recipe.gradient_checkpointing,
+        single_sequence=recipe.batch_size == 1,
+        accumulating=recipe.gradient_accumulation_steps > 1,
+        beyond_window=arch.sliding_window is not None and recipe.seq_len > arch.sliding_window,
+    )

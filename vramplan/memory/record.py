@@ -99,11 +99,8 @@ def _forward(g: Recorder, model: Any) -> tuple[Value, Value]:
 
 
 def _hidden_states(g: Recorder, model: Any) -> Value:
-    embedded = model.embed()
-    if g.policy.checkpointing and not g.policy.trains_base:
-        embedded = g.require_grad(embedded)
-    tables = model.prepare(embedded)
-    x = embedded
+    x = model.embed()
+    tables = model.prepare(x)
     for layer, repeats in layers_to_run([model.kind(i) for i in range(model.arch.layers)]):
         g.mark("forward", f"layer {layer}", repeats)
         if g.policy.checkpointing:
@@ -111,7 +108,9 @@ def _hidden_states(g: Recorder, model: Any) -> Value:
         else:
             x = model.run(x, layer, tables)
     g.mark("forward", "head")
-    return model.final_norm(x)
+    x = model.final_norm(x)
+    model.held = ()
+    return x
 
 
 def layers_to_run(kinds: list[str]) -> list[tuple[int, int]]:

@@ -27,6 +27,8 @@ class Tensor:
     """A weight that transformers replaces by bitsandbytes' under quantization."""
     adaptable: bool = False
     """A linear's weight that peft's all-linear adapts."""
+    transposed: bool = False
+    """A Conv1D's weight: in x out, not out x in."""
     dtype: str | None = None
     """The dtype that it keeps whatever the model is loaded in; None: the model's."""
 
@@ -83,9 +85,7 @@ class Inventory:
             name = name.replace(self.marker, self.marker.rpartition(".")[0] + ".{layer}", 1)
         key = f"{name}@{self.layers[0]}" if self.layers else name
         if key not in self.found:
-            self.found[key] = Tensor(
-                name=name, shape=shape, role=role, layers=self.layers, **facts
-            )
+            self.found[key] = Tensor(name=name, shape=shape, role=role, layers=self.layers, **facts)
         return BLANK
 
     def parameter(self, name: str, *shape: int, trains: bool | None = None) -> Blank:
@@ -110,7 +110,7 @@ class Inventory:
         transposed: bool = False,
     ) -> Blank:
         shape = (n_in, n_out) if transposed else (n_out, n_in)
-        facts = {"quantizable": quantizable, "adaptable": adaptable}
+        facts = {"quantizable": quantizable, "adaptable": adaptable, "transposed": transposed}
         self.note(f"{name}.weight", shape, "linear", **facts)
         return self.note(f"{name}.bias", (n_out,), "bias") if bias else BLANK
 

@@ -57,35 +57,40 @@ def skeleton(config: Any, recipe: dict[str, Any]) -> nn.Module:
 
 
 def materialize(model: nn.Module, dtype: torch.dtype) -> None:
-    """Gives every meta parameter and buffer a fake storage; shared ones stay shared."""
+    """Gives every meta parameter and buffer a fake storage, in the order in which weights load.
+
+    Shared ones stay shared; weights that bitsandbytes holds arrive in `dtype` and are quantized.
+    """
+    from transformers.core_model_loading import dot_natural_key
+
+    modules = dict(model.named_modules())
     seen: dict[int, torch.Tensor] = {}
-    for module in model.modules():
-        bnb = quantized.is_quantized_linear(module) if quantized.installed() else False
-        for name, value in list(module._parameters.items()):
-            if value is None or value.device.type != "meta":
-                continue
-            if bnb and name == "weight":
-                quantized.load_weight(module, dtype)
-                continue
-            if id(value) not in seen:
-                data = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
-                seen[id(value)] = nn.Parameter(data, requires_grad=value.requires_grad)
-            module._parameters[name] = seen[id(value)]
+
+    def fake(value: torch.Tensor) -> torch.Tensor:
+        if id(value) not in seen:
+            data = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+            if isinstance(value, nn.Parameter):
+                data = nn.Parameter(data, requires_grad=value.requires_grad)
+            seen[id(value)] = data
+        return seen[id(value)]
+
+    quantizes = quantized.installed()
+    names = sorted((n for n, _ in model.named_parameters(remove_duplicate=False)), key=dot_natural_key)
+    for full in names:
+        owner, _, name = full.rpartition(".")
+        module = modules[owner]
+        value = module._parameters[name]
+        if quantizes and name == "weight" and quantized.is_quantized_linear(module):
+            quantized.load_weight(module, dtype)
+        elif value is not None and value.device.type == "meta":
+            module._parameters[name] = fake(value)
+    for module in modules.values():
         for name, value in list(module._buffers.items()):
-            if value is None or value.device.type != "meta":
-                continue
-            if id(value) not in seen:
-                seen[id(value)] = torch.empty_strided(
-                    value.shape, value.stride(), dtype=value.dtype
-                )
-            module._buffers[name] = seen[id(value)]
+            if value is not None and value.device.type == "meta":
+                module._buffers[name] = fake(value)
         for name, value in list(vars(module).items()):
             if isinstance(value, torch.Tensor) and value.device.type == "meta":
-                if id(value) not in seen:
-                    seen[id(value)] = torch.empty_strided(
-                        value.shape, value.stride(), dtype=value.dtype
-                    )
-                setattr(module, name, seen[id(value)])
+                setattr(module, name, fake(value))
 
 
 @contextlib.contextmanager

@@ -240,20 +240,26 @@ class Run:
             if first:
                 counter.keep(self.workspace, "cuBLAS workspace (forward thread)", "workspace")
             loss = self.compute_loss(inputs, items)
+        del inputs
+        held = [loss]
+        del loss
         with counter.measure(f"{tag}backward"):
             if first:
                 counter.keep(self.workspace, "cuBLAS workspace (autograd thread)", "workspace")
-            del inputs
-            counter.category = "gradient"
-            if not self.loss_kwargs:
-                loss = loss / self.recipe["gradient_accumulation_steps"]
-            scaled = loss / 1
-            if self.scaler is not None:
-                scaled = scaled * self.scaler
-            scaled.backward()
-            del scaled
-            counter.category = "activation"
-            return loss.detach()
+            return self.backward(held)
+
+    def backward(self, held: list[torch.Tensor]) -> torch.Tensor:
+        """The rest of `training_step`; the graph is let go when it returns."""
+        self.counter.category = "gradient"
+        loss = held.pop()
+        if not self.loss_kwargs:
+            loss = loss / self.recipe["gradient_accumulation_steps"]
+        scaled = loss / 1  # accelerate's own division
+        if self.scaler is not None:
+            scaled = scaled * self.scaler
+        scaled.backward()
+        self.counter.category = "activation"
+        return loss.detach()
 
     def compute_loss(self, inputs: dict[str, torch.Tensor], items: torch.Tensor) -> torch.Tensor:
         kwargs = {"num_items_in_batch": items} if self.loss_kwargs else {}

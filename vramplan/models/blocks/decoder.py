@@ -26,6 +26,7 @@ class Decoder:
         self.arch = arch
         self.g = g
         self.tables: tuple[Tensor, ...] = ()
+        self.held: tuple[Tensor, ...] = ()  # variables of the model's forward
 
     # -- the model's forward ------------------------------------------------------------------
     def kind(self, layer: int) -> str:
@@ -33,8 +34,20 @@ class Decoder:
         return "layer"
 
     def embed(self) -> Tensor:
-        """Token embedding (and what is added to it before the first block)."""
-        return self.g.embedding(self.embedding_name, self.arch.vocab_size, self.arch.hidden_size)
+        """What the first block is given; `held` keeps what the model's forward keeps of it."""
+        x = self.token_embedding()
+        self.held = (x,)
+        return x
+
+    def token_embedding(self) -> Tensor:
+        """Token embedding; peft's enable_input_require_grads hooks its output."""
+        g, arch = self.g, self.arch
+        x = g.embedding(
+            self.embedding_name, arch.vocab_size, arch.embedding_width or arch.hidden_size
+        )
+        if g.policy.checkpointing and not g.policy.trains_base:
+            x = g.require_grad(x)
+        return x
 
     def prepare(self, x: Tensor) -> tuple[Tensor, ...]:
         """What every block is given: mask, cos, sin."""

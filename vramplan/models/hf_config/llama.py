@@ -25,7 +25,9 @@ def common(c: Config, **defaults: Any) -> dict[str, Any]:
         "max_positions": c.size(
             "max_position_embeddings", defaults.get("max_position_embeddings", 2048)
         ),
-        "tied_embeddings": c.flag("tie_word_embeddings", defaults.get("tie_word_embeddings", False)),
+        "tied_embeddings": c.flag(
+            "tie_word_embeddings", defaults.get("tie_word_embeddings", False)
+        ),
         "activation": c.get("hidden_act", defaults.get("hidden_act", "silu")),
         "rotary_dim": int(head_dim * c.rotary_fraction(defaults.get("partial_rotary_factor", 1.0))),
         "dropouts": Dropouts(attention=c.number("attention_dropout", 0.0)),

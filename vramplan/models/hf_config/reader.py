@@ -33,7 +33,9 @@ class Config:
         """A whole number above zero."""
         value = self.get(key, default, *aliases)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{key} in the config is {value!r}; it must be a whole number above 0")
+            raise ConfigError(
+                f"{key} in the config is {value!r}; it must be a whole number above 0"
+            )
         return value
 
     def count(self, key: str, default: Any = _REQUIRED, *aliases: str) -> int:

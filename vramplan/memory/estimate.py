@@ -1,0 +1,215 @@
+"""estimate(): the facade. A model, a recipe and a GPU in; bytes by phase and category out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from vramplan.hardware.catalogue import Gpu, Gpus, parse_gpu, warnings_for
+from vramplan.memory import allocator
+from vramplan.memory.facts import check_positions, facts
+from vramplan.memory.precision import Policy, policy_of
+from vramplan.memory.timeline import Parts, Timeline, parts, run_timeline
+from vramplan.models.architecture import Architecture
+from vramplan.models.hf_config import architecture
+from vramplan.recipe.recipe import Recipe
+from vramplan.recipe.rules import cautions
+
+CATEGORIES = (
+    "parameter",
+    "gradient",
+    "optimizer",
+    "activation",
+    "logits",
+    "temporary",
+    "buffer",
+    "workspace",
+)
+Model = str | os.PathLike[str] | Mapping[str, Any] | Architecture
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a run needs. Sizes are bytes on one GPU."""
+
+    id: str
+    architecture: Architecture
+    recipe: Recipe
+    gpu: Gpus | None
+    timeline: Timeline
+    managed: int
+    """Optimizer states in CUDA managed memory (paged optimizers): host memory under pressure."""
+    workspace: int
+    parts: Parts = field(repr=False)
+    policy: Policy = field(repr=False)
+    notes: tuple[str, ...] = ()
+    """What was assumed of the model (how its name was read, and the like)."""
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the model, tied weights once, without adapters."""
+        return self.parts.layout.parameters
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Parameters that get gradients."""
+        return self.parts.layout.trainable_parameters
+
+    @property
+    def peak_allocated(self) -> int:
+        """What torch.cuda.max_memory_allocated will say."""
+        return self.timeline.peak
+
+    @property
+    def peak_phase(self) -> str:
+        """The phase in which the peak falls."""
+        return self.timeline.peak_phase
+
+    @cached_property
+    def overhead(self) -> dict[str, int]:
+        """What the device holds beyond `peak_allocated`."""
+        return {
+            "context": allocator.context(self.recipe.quantization),
+            "nccl": 0,
+            "allocator_slack": allocator.slack(self.peak_allocated, self.recipe.allocator),
+        }
+
+    @property
+    def required(self) -> int:
+        """The smallest device memory with which the run ends."""
+        return self.peak_allocated + sum(self.overhead.values())
+
+    @property
+    def available(self) -> int | None:
+        """Memory of the card that processes can have; of a card in this machine, what is free."""
+        if self.gpu is None:
+            return None
+        return self.gpu.gpu.capacity if self.gpu.free is None else self.gpu.free
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether `required` is available; None where no GPU was given."""
+        return None if self.available is None else self.required <= self.available
+
+    @cached_property
+    def breakdown(self) -> dict[str, int]:
+        """Bytes by category at the instant of the peak; they add up to `peak_allocated`."""
+        return _breakdown(self)
+
+    @cached_property
+    def warnings(self) -> tuple[str, ...]:
+        """Facts about this run that cost memory or may surprise, each with what to do."""
+        out = list(cautions(self.recipe))
+        out += facts(self.architecture, self.recipe, self.parts.layout)
+        if self.gpu is not None:
+            uses_bf16 = "bf16" in (self.recipe.dtype, self.recipe.mixed_precision)
+            out += warnings_for(self.gpu.gpu, uses_bf16=uses_bf16, attention=self.recipe.attention)
+        return tuple(out)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as `vramplan estimate --json` prints it."""
+        return {
+            "schema": 1,
+            "model": {
+                "id": self.id,
+                "parameters": self.parameters,
+                "trainable_parameters": self.trainable_parameters,
+            },
+            "recipe": self.recipe.to_dict(),
+            "peak_allocated": self.peak_allocated,
+            "peak_phase": self.peak_phase,
+            "phases": {
+                name: {"end": phase.end, "peak": phase.peak}
+                for name, phase in self.timeline.phases().items()
+            },
+            "breakdown": self.breakdown,
+            "overhead": self.overhead,
+            "required": self.required,
+            "managed": self.managed,
+            "gpu": None if self.gpu is None else self.gpu.to_dict(),
+            "fits": self.fits,
+            "warnings": list(self.warnings),
+        }
+
+
+def estimate(
+    model: Model,
+    recipe: Recipe = Recipe(),
+    gpu: str | Gpu | Gpus | None = None,  # noqa: B008
+) -> Estimate:
+    """Estimate the GPU memory of fine-tuning `model` by `recipe`.
+
+    `model`: a Hub id, a folder, a config.json's path, a dict of a Hugging Face config, or an
+    Architecture. `gpu`: a name or size ("24GB", "rtx-4090"), or None.
+
+    Raises UserError (ModelNotFound, ConfigError, UnknownName, IllegalRecipe) for what is wrong with
+    the input.
+    """
+    name, arch, notes = resolve(model)
+    check_positions(arch, recipe.seq_len)
+    card = _gpus(gpu)
+    policy = policy_of(recipe, arch)
+    run = parts(arch, policy, recipe.optimizer, recipe.allocator)
+    capability = card.gpu.compute_capability if card is not None and not card.nominal else None
+    workspace = allocator.workspaces(capability)
+    timeline = run_timeline(
+        run, recipe.batch_size, recipe.seq_len, recipe.gradient_accumulation_steps, workspace
+    )
+    return Estimate(
+        id=name,
+        architecture=arch,
+        recipe=recipe,
+        gpu=card,
+        timeline=timeline,
+        managed=run.stepping.managed,
+        workspace=workspace,
+        parts=run,
+        policy=policy,
+        notes=notes,
+    )
+
+
+def resolve(model: Model) -> tuple[str, Architecture, tuple[str, ...]]:
+    """A model's name, its figures, and notes about how it was found."""
+    if isinstance(model, Architecture):
+        return model.family, model, ()
+    from vramplan.models.locate import locate
+
+    located = locate(model)
+    return located.id, architecture(located.config), (located.note,) if located.note else ()
+
+
+def _gpus(gpu: str | Gpu | Gpus | None) -> Gpus | None:
+    if isinstance(gpu, str):
+        return parse_gpu(gpu)
+    return Gpus(gpu=gpu) if isinstance(gpu, Gpu) else gpu
+
+
+def _breakdown(e: Estimate) -> dict[str, int]:
+    timeline, recipe = e.timeline, e.recipe
+    out = dict.fromkeys(CATEGORIES, 0)
+    phase = e.peak_phase
+    if phase in ("load", "prepare"):
+        out["parameter"] = getattr(timeline, phase).end
+        out["temporary"] = e.peak_allocated - out["parameter"]
+        return out
+    out["parameter"] = e.parts.layout.weights
+    out["optimizer"] = e.parts.stepping.states
+    out["workspace"] = e.workspace
+    out["gradient"] = timeline.held_gradients
+    if phase == "optimizer_step":
+        out["gradient"] = e.parts.layout.gradients
+    else:
+        points = list(timeline.points)
+        mine = [i for i, p in enumerate(points) if p.section.phase == phase]
+        index = max(mine, key=lambda i: points[i].peak)
+        program = e.parts.program
+        live = program.live_at(points, index, recipe.batch_size, recipe.seq_len)
+        for category, size in live.items():
+            out[category] += size
+    rest = e.peak_allocated - sum(out.values())
+    out["temporary" if phase == "optimizer_step" else "activation"] += rest  # and the inputs
+    return out
