@@ -51,13 +51,13 @@ def recipe_of(case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def compare(run: dict[str, Any], configs: dict[str, Any]) -> None:
+def compare(run: dict[str, Any], configs: dict[str, Any], allocator: str) -> None:
     """Prints one case's table."""
     from vramplan_launcher.trace import trace
 
     case = run["case"]
     began = time.time()
-    result = trace(configs[case["model"]], recipe_of(case), steps=3)
+    result = trace(configs[case["model"]], {**recipe_of(case), "allocator": allocator}, steps=3)
     print(f"== {case['id']}  ({time.time() - began:.0f} s)")
     show("load end", result.step(0)["load"].end, run["load"]["end"])
     show("load peak", result.step(0)["load"].peak, run["load"]["peak"])
@@ -94,6 +94,7 @@ def main() -> None:
     parser.add_argument("--models", required=True)
     parser.add_argument("--case", action="append")
     parser.add_argument("--model", action="append")
+    parser.add_argument("--allocator", default="expandable_segments")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     spec = importlib.util.spec_from_file_location("models", options.models)
@@ -107,7 +108,7 @@ def main() -> None:
         if options.model and case["model"] not in options.model:
             continue
         try:
-            compare(run, module.M)
+            compare(run, module.M, options.allocator)
         except Exception:
             print(f"== {case['id']}: {traceback.format_exc()[-1500:]}")
 

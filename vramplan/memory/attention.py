@@ -27,16 +27,18 @@ class Attention(Activations):
         """Flash kernel: saves q, k, v, output and log-sum-exp (fp32, batch x heads x sequence).
 
         Backward (mha_bwd): dq, dk, dv, softmax_d and an fp32 accumulator for dq; with grouped
-        heads also dk and dv expanded to all heads before they are summed.
+        heads also dk and dv expanded to all heads before they are summed. Output and gradients
+        are laid out as the inputs (empty_like).
         """
         q, k, v = self.lower(q), self.lower(k), self.lower(v)
         rows = Size(heads, 1, 1)
         dtype, sizes = q.dtype, (q.size, k.size, v.size)
+        layouts = (q.strided, k.strided, v.strided)
         by_product: list[Value] = []
 
         def compute() -> Value:
             out = self.new(q.size.per(q.size.count).times(heads * head_dim), dtype)
-            out.strided = True
+            out.strided = layouts[0]
             by_product.append(self.new(rows, "fp32"))
             return out
 
@@ -47,9 +49,9 @@ class Attention(Activations):
             grads = tuple(self.new(s, dtype) for s in sizes)
             if kv_heads != heads:
                 work += [self.new(grad.size, dtype), self.new(grad.size, dtype)]
-            for g in grads:
-                g.strided = True
-            del work
+            for g, layout in zip(grads, layouts, strict=True):
+                g.strided = layout
+            del g, work
             return grads
 
         out = self.record((q, k, v), lambda: (q, k, v), compute, backward)
@@ -84,7 +86,16 @@ class Attention(Activations):
         self.save_output(out, *by_product)
         return out
 
-    def math(self, q: Value, k: Value, v: Value, heads: int, kv_heads: int, dim: int) -> Value:
+    def math(
+        self,
+        q: Value,
+        k: Value,
+        v: Value,
+        heads: int,
+        kv_heads: int,
+        dim: int,
+        dropout: float = 0.0,
+    ) -> Value:
         """_scaled_dot_product_attention_math: plain products (fp32 with grouped heads, say)."""
         q, k, v = self.lower(q), self.lower(k), self.lower(v)
         q = q * 1.0
@@ -96,6 +107,7 @@ class Attention(Activations):
         weights = self.matmul(q.dense_heads(), (k * 1.0).dense_heads(), Size(heads, 1, 2))
         del mask
         weights = self.safe_softmax(weights)
+        weights = self.dropout(weights, dropout)
         return self.matmul(weights, v.dense_heads(), Size(heads * dim, 1, 1))
 
     def safe_softmax(self, x: Value) -> Value:

@@ -14,8 +14,8 @@ def check_positions(arch: Architecture, seq_len: int) -> None:
     """Raises IllegalRecipe for a sequence beyond a table of learned positions."""
     if arch.learned_positions and arch.max_positions and seq_len > arch.max_positions:
         raise IllegalRecipe(
-            f"sequence length {seq_len} is beyond this model's {arch.max_positions} positions; they "
-            f"are a learned table and can't be extended: use at most {arch.max_positions}"
+            f"sequence length {seq_len} is beyond this model's {arch.max_positions} positions, "
+            f"a learned table that can't be extended: use at most {arch.max_positions}"
         )
 
 
@@ -24,11 +24,17 @@ def facts(arch: Architecture, recipe: Recipe, layout: Layout) -> list[str]:
     out = []
     if arch.max_positions and recipe.seq_len > arch.max_positions:
         out.append(
-            f"sequence length {recipe.seq_len} is beyond the {arch.max_positions} positions that the "
-            "model was trained with: memory is as shown, quality needs position scaling"
+            f"sequence length {recipe.seq_len} is beyond the {arch.max_positions} positions that "
+            "the model was trained with: memory is as shown, quality needs position scaling"
         )
     if recipe.quantization:
         out += _quantization_facts(arch, recipe)
+    half = recipe.dtype != "fp32" or recipe.mixed_precision != "no"
+    if recipe.attention == "sdpa" and not half and arch.kv_heads != arch.heads:
+        out.append(
+            "in fp32 no fused sdpa kernel takes grouped key-value heads: torch falls back to plain "
+            "products, which keep batch x heads x sequence^2; mixed_precision='bf16' avoids it"
+        )
     return out
 
 
@@ -42,9 +48,9 @@ def _quantization_facts(arch: Architecture, recipe: Recipe) -> list[str]:
     if kept:
         numel = sum(t.numel * t.count for t in kept)
         out.append(
-            f"{format_bytes(numel * 4)} of linear weights are not quantized: transformers replaces "
-            f"only modules that are exactly nn.Linear, so {kept[0].names().__next__()} and the like "
-            "stay in 16 bits and are then upcast to fp32; plain LoRA without quantization may need less"
+            f"{format_bytes(numel * 4)} of weights are not quantized: transformers replaces only "
+            f"modules that are exactly nn.Linear, so {next(kept[0].names())} and the like keep 16 "
+            "bits and are then upcast to fp32; LoRA without quantization may need less"
         )
     if recipe.quantization == "int8" and recipe.gradient_checkpointing:
         out.append(

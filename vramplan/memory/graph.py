@@ -7,7 +7,7 @@ nn/modules.py, backends/cuda/ops.py; transformers 5.17 loss/loss_utils.py.
 
 from __future__ import annotations
 
-from vramplan.memory.attention import Attention
+from vramplan.memory.fused_heads import FusedHeads
 from vramplan.memory.precision import Policy
 from vramplan.memory.tape import LEAF_ORDER, Node, Parameter, Size, Value
 
@@ -15,7 +15,7 @@ FLASH_MAX_HEAD = 256  # sdp_utils.cpp, check_head_dim_size_flash
 ABSMAX_BLOCK = 64  # 4-bit weights share an absmax in blocks of 64 (bitsandbytes' default)
 
 
-class Graph(Attention):
+class Graph(FusedHeads):
     """A tape with a policy, on which a family's description runs."""
 
     def __init__(self, policy: Policy) -> None:
@@ -59,20 +59,27 @@ class Graph(Attention):
         bias: bool = False,
         quantizable: bool = True,
         adaptable: bool = True,
+        transposed: bool = False,
+        product: bool = False,
     ) -> Value:
-        """nn.Linear or Conv1D under the policy: plain, quantized, with or without an adapter."""
+        """nn.Linear, Conv1D (`transposed`) or a subclass that multiplies by weight.T (`product`).
+
+        Plain or quantized, with or without an adapter.
+        """
         policy = self.policy
-        quantized = policy.quantization if quantizable else None
+        quantized = policy.quantization if quantizable else "product" if product else None
         if not adaptable or not policy.adapts(name):
             return self.base_linear(x, name, n_in, n_out, bias, quantized)
-        if quantized is None:
-            return self.lora_linear(x, name, n_in, n_out, bias)
+        if quantized in (None, "product"):
+            return self.lora_linear(x, name, n_in, n_out, bias, quantized)
         return self.lora_quantized(x, name, n_in, n_out, bias, quantized)
 
     def base_linear(
         self, x: Value, name: str, n_in: int, n_out: int, bias: bool, quantized: str | None
     ) -> Value:
         offset = self.parameter(f"{name}.bias", n_out) if bias else None
+        if quantized == "product":
+            return self.product(x, name, n_in, n_out, offset)
         if quantized == "int8":
             return self.linear_int8(x, n_in, n_out, offset)
         if quantized:
@@ -92,9 +99,18 @@ class Graph(Attention):
         del hidden
         return out * 1.0
 
-    def lora_linear(self, x: Value, name: str, n_in: int, n_out: int, bias: bool) -> Value:
+    def product(self, x: Value, name: str, n_in: int, n_out: int, bias: Value | None) -> Value:
+        """x @ weight.T, then + bias: autocast does not cache the copy of a view of a weight."""
+        weight = self.parameter(f"{name}.weight", n_out, n_in)
+        weight.parameter = None
+        out = self.dense(x, weight, None, n_in, n_out)
+        return out if bias is None else out + bias
+
+    def lora_linear(
+        self, x: Value, name: str, n_in: int, n_out: int, bias: bool, kind: str | None = None
+    ) -> Value:
         """peft lora.Linear.forward: the input is cast to the adapter's dtype."""
-        result = self.base_linear(x, name, n_in, n_out, bias, None)
+        result = self.base_linear(x, name, n_in, n_out, bias, kind)
         before = result.dtype
         x = self.to(x, self.policy.adapter_dtype)
         result = result + self.lora_branch(x, name, n_in, n_out)
@@ -193,7 +209,7 @@ class Graph(Attention):
         return self.dense(x, weight, offset, n_in, n_out)
 
     def split_heads(self, x: Value) -> Value:
-        """view + transpose: no copy forward; backward a copy unless the gradient lies so already."""
+        """view + transpose: no copy; backward a copy unless the gradient lies so already."""
         size, dtype = x.size, x.dtype
 
         def compute() -> Value:
@@ -225,25 +241,40 @@ class Graph(Attention):
         rows = Size(heads * (v.size.count // heads), 1, 1)
         return self.matmul(weights, self.dense_heads(v), rows)
 
+    def empty_scores(self, heads: int, dtype: str) -> Value:
+        return self.constant(Size(heads, 1, 2), dtype)
+
     def causal_mask(self, x: Value) -> Value | None:
         """masking_utils.eager_mask: batch x 1 x sequence x sequence in the hidden states' dtype.
 
         The fused kernels take is_causal instead: an all-ones padding mask is dropped.
         """
-        if self.policy.attention != "eager":
-            return None
+        return self.eager_mask(x) if self.policy.attention == "eager" else None
+
+    def eager_mask(self, x: Value) -> Value:
+        """Allowed or not, then 0 or the least number of the hidden states' dtype."""
         allowed = self.constant(Size(1, 1, 2), "bool")
         mask = self.constant(Size(1, 1, 2), x.dtype)
         del allowed
         return mask
 
-    def rotary_tables(self, x: Value, width: int) -> tuple[Value, Value]:
+    def sliding_mask(self, x: Value) -> Value | None:
+        """masking_utils.create_sliding_window_causal_mask: under sdpa boolean, and left out while
+        the sequence is within the window; under flash_attention_2 the kernel knows the window.
+        """
+        if self.policy.attention == "sdpa" and self.policy.beyond_window:
+            return self.constant(Size(1, 1, 2), "bool")
+        return self.causal_mask(x)
+
+    def rotary_tables(self, x: Value, width: int, cast: bool = True) -> tuple[Value, Value]:
         """cos and sin: computed in fp32 for one sequence, cast to the hidden states' dtype."""
         size = Size(width, 0, 1)
         half = self.constant(size.per(2), "fp32")
         angles = self.constant(size, "fp32")
         cos, sin = self.constant(size, "fp32"), self.constant(size, "fp32")
         del half, angles
+        if not cast:
+            return cos, sin
         return self.to(cos, x.dtype), self.to(sin, x.dtype)
 
     def fused_attention(
@@ -256,46 +287,65 @@ class Graph(Attention):
         kv_heads: int,
         head_dim: int,
         value_dim: int | None = None,
+        dropout: float = 0.0,
     ) -> Value:
         """sdpa and flash_attention_2, merged heads: the kernel that _fused_sdp_choice takes.
 
         transformers' sdpa_attention_forward repeats keys and values itself when there is a mask.
+        Only the plain products keep a mask for `dropout`; the fused kernels keep a seed.
         """
         groups = heads // kv_heads
         value_dim = value_dim or head_dim
         if mask is not None:
-            k, v, kv_heads = k.expand(groups), v.expand(groups), heads
+            one = kv_heads == 1
+            k, v, kv_heads = k.expand(groups, view=one), v.expand(groups, view=one), heads
+            if mask.dtype == "bool":  # convert_boolean_attn_mask, attention.cpp
+                mask = self.constant(mask.size, self.autocast or q.dtype)
         half = (self.autocast or q.dtype) != "fp32"
         if self.policy.attention == "flash_attention_2" or (
             half and mask is None and value_dim == head_dim <= FLASH_MAX_HEAD
         ):
-            return self.flash(q, k, v, heads, kv_heads, head_dim)
+            out = self.flash(q, k, v, heads, kv_heads, head_dim)
+            return out if out.strided else self.clone(out)
         if kv_heads == heads:
             return self.efficient(q, k, v, mask, heads, value_dim)
-        return self.clone(self.math(q, k, v, heads, kv_heads, value_dim))
+        return self.clone(self.math(q, k, v, heads, kv_heads, value_dim, dropout))
 
     # -- embedding, inputs and loss -----------------------------------------------------------
-    def embedding(self, name: str, rows: int, width: int, size: Size | None = None) -> Value:
-        """nn.Embedding: saves the indices (an input); backward is dense, of the whole table."""
+    def embedding(
+        self, name: str, rows: int, width: int, indices: Value | None = None
+    ) -> Value:
+        """nn.Embedding: saves its indices (None: input_ids); backward is dense, the whole table."""
         weight = self.parameter(f"{name}.weight", rows, width)
-        out = size or Size(width, 1, 1)
+        out = indices.size.times(width) if indices is not None else Size(width, 1, 1)
         dtype = weight.dtype
         return self.record(
             (weight,),
-            lambda: (),
+            lambda: (indices,),
             lambda: self.new(out, dtype),
             lambda grad: self.new(Size(rows * width), dtype),
         )
 
+    def position_ids(self, batched: bool = False) -> Value:
+        """int64 positions of one sequence, or of every one."""
+        return self.constant(Size(1, int(batched), 1), "int64")
+
     def require_grad(self, x: Value) -> Value:
-        """enable_input_require_grads: the embedding's output becomes a leaf with a gradient."""
+        """enable_input_require_grads: the embedding's output becomes a leaf with a gradient.
+
+        Its AccumulateGrad holds the tensor itself for as long as the graph lives.
+        """
         if x.node is None:
-            x.node = Node(LEAF_ORDER, [], (), lambda grad: ())
+            x.node = Node(LEAF_ORDER, [], (x.storage,), lambda grad: ())
         return x
 
     def constant(self, size: Size, dtype: str) -> Value:
         """A tensor without history: masks, position tables."""
         return self.new(size, dtype)
+
+    def table(self, count: int, dtype: str, positions: bool = False) -> Value:
+        """A constant of `count` elements, in all or for every position."""
+        return self.constant(Size(count, 0, int(positions)), dtype)
 
     def loss(self, logits: Value, vocabulary: int) -> Value:
         """ForCausalLMLoss: logits.float(), then cross_entropy = log_softmax + nll_loss."""

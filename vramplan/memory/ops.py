@@ -82,16 +82,47 @@ class Elementwise(Tape):
             self.save_output(out)
         return out
 
+    def minus(self, a: Value, b: Value) -> Value:
+        """sub.Tensor: saves nothing; b's gradient is a negated copy, in the broadcast's size."""
+        big = a if a.size.rank() >= b.size.rank() else b
+
+        def compute() -> Value:
+            out = self.new(big.size, promote(a.dtype, b.dtype))
+            out.strided = big.strided
+            return out
+
+        need = b.requires_grad
+
+        def backward(grad: Value) -> tuple[Value | None, ...]:
+            return grad, self.new(grad.size, grad.dtype) if need else None
+
+        return self.record((a, b), lambda: (), compute, backward)
+
+    def clamp_in_place(self, x: Value) -> Value:
+        """clamp_: saves a copy of self; clamp_backward chooses by two comparisons of it."""
+        size, dtype = x.size, x.dtype
+
+        def backward(grad: Value) -> Value:
+            low, high = self.new(size, "bool"), self.new(size, "bool")
+            out = self.new(size, dtype)
+            del low, high
+            return out
+
+        def compute() -> Value:
+            return Value(self, x.storage, size, dtype)
+
+        return self.record((x,), lambda: (self.new(size, dtype),), compute, backward)
+
     def neg(self, x: Value) -> Value:
         """neg: saves nothing."""
         return self.unary(x, saves_input=False)
 
     def pow(self, x: Value) -> Value:
-        """pow.Tensor_Scalar: saves self; pow_backward = grad * (exponent * self.pow(exponent-1))."""
+        """pow.Tensor_Scalar: saves self; backward grad * (exponent * self.pow(exponent - 1))."""
         return self.unary(self.full(x), temporaries=2)
 
     def rsqrt(self, x: Value) -> Value:
-        """rsqrt: saves result; backward -0.5 * grad * result.pow(3), on a row's worth of numbers."""
+        """rsqrt: saves result; backward -0.5 * grad * result.pow(3), one number a row."""
         return self.unary(self.full(x), saves_input=False, saves_output=True, temporaries=2)
 
     def tanh(self, x: Value) -> Value:
@@ -159,7 +190,12 @@ class Elementwise(Tape):
         return self.record((x,), lambda: (), lambda: self.new(x.size, x.dtype), lambda grad: grad)
 
     def slice(self, x: Value, numerator: int, denominator: int) -> Value:
-        """A view of a part; slice_backward writes the gradient into zeros of the full size."""
+        """A view of a part; slice_backward writes the gradient into zeros of the full size.
+
+        Indexing that takes everything is an alias, which autograd passes through.
+        """
+        if numerator == denominator:
+            return x.alias()
         size, dtype = x.size, x.dtype
         part = size.times(numerator).per(denominator)
 
@@ -175,7 +211,10 @@ class Elementwise(Tape):
         size, dtype, total = x.size, x.dtype, sum(parts)
 
         def compute() -> tuple[Value, ...]:
-            return tuple(Value(self, x.storage, size.times(n).per(total), dtype) for n in parts)
+            out = [Value(self, x.storage, size.times(n).per(total), dtype) for n in parts]
+            for part in out:
+                part.strided = x.strided
+            return tuple(out)
 
         def backward(*grads: Value) -> Value:
             return self.new(size, dtype)
@@ -199,17 +238,20 @@ class Elementwise(Tape):
 
         return self.record(tuple(values), lambda: (), compute, backward)
 
-    def expand(self, x: Value, times: int) -> Value:
-        """expand + reshape (repeat_kv): a copy; the gradient is summed over the repeats."""
+    def expand(self, x: Value, times: int, view: bool = False) -> Value:
+        """expand + reshape (repeat_kv): a copy, a view of a single head; the gradient is summed."""
         if times == 1:
             return x
         size, dtype = x.size, x.dtype
-        return self.record(
-            (x,),
-            lambda: (),
-            lambda: self.new(size.times(times), dtype),
-            lambda grad: self.new(size, dtype),
-        )
+
+        def compute() -> Value:
+            if not view:
+                return self.new(size.times(times), dtype)
+            out = Value(self, x.storage, size.times(times), dtype)
+            out.strided = True
+            return out
+
+        return self.record((x,), lambda: (), compute, lambda grad: self.new(size, dtype))
 
     def dropout(self, x: Value, p: float) -> Value:
         """native_dropout (fused on CUDA): an output and a bool mask, the mask saved; p=0 is x."""
@@ -259,27 +301,27 @@ class Ops(Elementwise):
         """linear (mm / addmm on a 2-D view): x saved for the weight, the weight saved for x.
 
         Both gradients come back through views (of the rows, of weight.t()), which cannot be
-        accumulated into in place.
+        accumulated into in place; the bias' is the incoming one, summed by the engine.
         """
         x, weight = self.lower(x), self.lower(weight)
         inputs = (x, weight) if bias is None else (x, weight, self.lower(bias))
         need = tuple(v.requires_grad for v in inputs)
-        sizes = tuple(v.size for v in inputs)
+        sizes = (x.size, weight.size)
         dtype = x.dtype
         size = x.size.per(n_in).times(n_out)
 
         def backward(grad: Value) -> tuple[Value | None, ...]:
-            grads = [self.new(s, dtype) if n else None for s, n in zip(sizes, need, strict=True)]
-            for g in grads[:2]:
+            grads = [self.new(s, dtype) if n else None for s, n in zip(sizes, need[:2], strict=True)]
+            for g in grads:
                 if g is not None:
                     g.view = True
-            return tuple(grads)
+            return *grads, *(grad if n else None for n in need[2:])
 
         saved = lambda: (weight if need[0] else None, x if need[1] else None)  # noqa: E731
         return self.record(inputs, saved, lambda: self.new(size, dtype), backward)
 
     def layer_norm(self, x: Value, weight: Value | None, bias: Value | None, width: int) -> Value:
-        """native_layer_norm: saves input, mean, rstd (fp32) and weight; on autocast's fp32 list."""
+        """native_layer_norm: saves inputs, mean and rstd (fp32); on autocast's fp32 list."""
         x = self.full(x)
         inputs = [x] + [self.full(v) for v in (weight, bias) if v is not None]
         sizes = [(v.size, v.dtype, v.requires_grad) for v in inputs]
@@ -294,7 +336,7 @@ class Ops(Elementwise):
         def backward(grad: Value) -> tuple[Value | None, ...]:
             return tuple(self.new(s, d) if n else None for s, d, n in sizes)
 
-        out = self.record(inputs, lambda: (x, *inputs[1:2]), compute, backward)
+        out = self.record(inputs, lambda: inputs, compute, backward)
         if out.node is not None:
             kept = self.pack([v.storage for v in statistics])
             out.node.saved = [*out.node.saved, *kept]

@@ -11,17 +11,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from operator import ge, mul
 
 from vramplan.memory.precision import Policy
 from vramplan.memory.record import Mark, Recording, record_step
+from vramplan.memory.reduction import REDUCTION, buffer_bytes
 from vramplan.models.architecture import Architecture
 
 CUDA_BLOCK = 512  # kMinBlockSize, c10/cuda/CUDACachingAllocator.cpp
 
-Key = tuple[int, int, int, str]  # bytes x batch^i x sequence^j, category
+Key = tuple[int, int, int, str]  # bytes x batch^i x sequence^j (or REDUCTION), category
+Top = tuple[tuple[int, ...], int, int]  # an instant: polynomial, position, reduction's buffer
 MONOMIALS = ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (1, 2))  # exponents of batch and sequence
 POSITION = {exponents: k for k, exponents in enumerate(MONOMIALS)}
 
@@ -34,6 +36,8 @@ class Instant:
     """Bytes before rounding: coefficients of MONOMIALS."""
     classes: tuple[int, ...]
     counts: tuple[int, ...]
+    buffer: int = -1
+    """Class of the reduction's buffer among them, which the polynomial leaves out; -1: none."""
 
     def total(self, sizes: Sequence[int]) -> int:
         """Bytes, each storage rounded."""
@@ -50,11 +54,13 @@ class Section:
     net: Instant
     instants: tuple[Instant, ...]
 
-    def highest(self, powers: Sequence[int]) -> Instant | None:
+    def highest(self, powers: Sequence[int], sizes: Sequence[int]) -> Instant | None:
         """The highest instant for a batch and a sequence; None: the section's start."""
         best, found = 0, None
         for instant in self.instants:
             value = sum(map(mul, instant.polynomial, powers))
+            if instant.buffer >= 0:
+                value += sizes[instant.buffer]
             if value > best:
                 best, found = value, instant
         return found
@@ -82,10 +88,12 @@ class Program:
 
     def sizes(self, powers: Sequence[int]) -> list[int]:
         """Bytes of each class as the allocator hands them out, in blocks of 512."""
-        return [
-            (n * powers[POSITION[i, j]] + CUDA_BLOCK - 1) // CUDA_BLOCK * CUDA_BLOCK
+        tokens = powers[POSITION[1, 1]]
+        requests = (
+            buffer_bytes(n, i * tokens) if j == REDUCTION else n * powers[POSITION[i, j]]
             for n, i, j, _ in self.classes
-        ]
+        )
+        return [(n + CUDA_BLOCK - 1) // CUDA_BLOCK * CUDA_BLOCK for n in requests]
 
     def walk(self, batch: int, seq: int) -> list[Point]:
         """The sections in order, with bytes relative to the start of the step."""
@@ -94,7 +102,7 @@ class Program:
         live, points = 0, []
         for section in self.sections:
             net = section.net.total(sizes)
-            instant = section.highest(powers)
+            instant = section.highest(powers, sizes)
             high = instant.total(sizes) if instant else 0
             shift = (section.repeats - 1) * net
             peak = live + max(0, shift) + high
@@ -166,23 +174,27 @@ def _reduce(
 ) -> Section:
     """The net change, and the local maxima that no other one exceeds for every size."""
     live = [0] * len(MONOMIALS)
-    tops: list[tuple[tuple[int, ...], int]] = []
-    rising = False
+    tops: list[Top] = []
+    rising, buffer = False, -1
     for position, event in enumerate(events):
         if event >= 0:
             rising, sign = True, 1
         else:
             if rising:
-                tops.append((tuple(live), position))
+                tops.append((tuple(live), position, buffer))
                 rising = False
             event = ~event
             sign = -weight.get(event, 1)
         n, i, j, _ = keys[classes[event]]
-        live[POSITION[i, j]] += sign * n
+        if j == REDUCTION:
+            buffer = classes[event] if sign > 0 else -1
+        else:
+            live[POSITION[i, j]] += sign * n
     if rising:
-        tops.append((tuple(live), len(events)))
+        tops.append((tuple(live), len(events), buffer))
     instants = tuple(
-        _instant(polynomial, events[:stop], classes, weight) for polynomial, stop in _prune(tops)
+        replace(_instant(polynomial, events[:stop], classes, weight), buffer=buffer)
+        for polynomial, stop, buffer in _prune(tops)
     )
     net = _instant(tuple(live), events, classes, weight)
     return Section(mark.phase, mark.name, mark.repeats, net, instants)
@@ -204,10 +216,10 @@ def _instant(
     return Instant(polynomial, tuple(c for c, _ in kept), tuple(n for _, n in kept))
 
 
-def _prune(tops: list[tuple[tuple[int, ...], int]]) -> list[tuple[tuple[int, ...], int]]:
+def _prune(tops: list[Top]) -> list[Top]:
     """Drop instants that another exceeds in every coefficient: they can never be the highest."""
-    kept: list[tuple[tuple[int, ...], int]] = []
-    for top in sorted(tops, key=lambda t: -sum(t[0])):
-        if not any(all(map(ge, other[0], top[0])) for other in kept):
+    kept: list[Top] = []
+    for top in sorted(tops, key=lambda t: (-sum(t[0]), -t[2])):
+        if not any(top[2] in (-1, other[2]) and all(map(ge, other[0], top[0])) for other in kept):
             kept.append(top)
     return kept

@@ -1,15 +1,16 @@
 """Recording a step: a family's description run forward and backward as Trainer runs the model.
 
-At most three layers of each run of equal ones are run (the first, one of the middle, the last);
-the marks say how often each stands for itself.
+Where layers repeat (one kind, or a pattern of kinds) only the first unit, one of the middle and the
+end are run; the marks say how often each stands for itself.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vramplan.memory.graph import Graph
+from vramplan.memory.experts import Experts
 from vramplan.memory.precision import Policy
 from vramplan.memory.tape import LEAF_ORDER, Value
 from vramplan.models.architecture import Architecture
@@ -38,7 +39,7 @@ class Recording:
     categories: list[str]
 
 
-class Recorder(Graph):
+class Recorder(Experts):
     """A graph that marks where the sections of forward and backward begin."""
 
     def __init__(self, policy: Policy) -> None:
@@ -101,30 +102,55 @@ def _forward(g: Recorder, model: Any) -> tuple[Value, Value]:
 def _hidden_states(g: Recorder, model: Any) -> Value:
     x = model.embed()
     tables = model.prepare(x)
-    for layer, repeats in layers_to_run([model.kind(i) for i in range(model.arch.layers)]):
-        g.mark("forward", f"layer {layer}", repeats)
-        if g.policy.checkpointing:
-            x = g.checkpoint(model.run, x, layer, tables)
-        else:
-            x = model.run(x, layer, tables)
+    for layers, repeats in layers_to_run([model.kind(i) for i in range(model.arch.layers)]):
+        g.mark("forward", _name(layers), repeats)
+        for layer in layers:
+            given = model.tables_for(layer, tables)
+            if g.policy.checkpointing:
+                x = g.checkpoint(model.run, x, layer, given)
+            else:
+                x = model.run(x, layer, given)
     g.mark("forward", "head")
     x = model.final_norm(x)
     model.held = ()
     return x
 
 
-def layers_to_run(kinds: list[str]) -> list[tuple[int, int]]:
-    """(layer, repeats): of each run of equal layers the first, one of the middle, the last."""
-    out: list[tuple[int, int]] = []
+def _name(layers: range) -> str:
+    return f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]}-{layers[-1]}"
+
+
+def layers_to_run(kinds: Sequence[str]) -> list[tuple[range, int]]:
+    """(layers, repeats): sections of consecutive layers, and how often each happens in a row.
+
+    Of a stretch with a repeating pattern of kinds (of one, where all are equal) its first unit is
+    run layer by layer, then one unit that stands for all further whole ones that something of the
+    pattern follows, then the rest. The first unit apart: what the layers of a kind share (a mask
+    held for recomputation, say) is freed in the backward of the first of them, once.
+    """
+    out: list[tuple[range, int]] = []
     start = 0
     while start < len(kinds):
-        stop = start
-        while stop < len(kinds) and kinds[stop] == kinds[start]:
-            stop += 1
-        out.append((start, 1))
-        if stop - start > 2:
-            out.append((start + 1, stop - start - 2))
-        if stop - start > 1:
-            out.append((stop - 1, 1))
-        start = stop
+        period, repeats = _pattern(kinds, start)
+        alone = period if repeats else 1
+        out += [(range(i, i + 1), 1) for i in range(start, start + alone)]
+        start += alone
+        if repeats:
+            out.append((range(start, start + period), repeats))
+            start += repeats * period
     return out
+
+
+def _pattern(kinds: Sequence[str], start: int) -> tuple[int, int]:
+    """(period, repeats) of the unit after the first that spares most layers; repeats 0: none."""
+    best, spared = (1, 0), 0
+    for period in range(1, (len(kinds) - start) // 2):
+        if len(kinds) - start - 1 - 2 * period <= spared:
+            break  # a longer unit cannot spare more
+        stop = start + period
+        while stop < len(kinds) and kinds[stop] == kinds[stop - period]:
+            stop += 1
+        repeats = (stop - start - period - 1) // period
+        if (repeats - 1) * period > spared:
+            best, spared = (period, repeats), (repeats - 1) * period
+    return best

@@ -15,8 +15,11 @@ torch/utils/checkpoint.py (non-reentrant checkpointing with early stop); torch 2
 from __future__ import annotations
 
 import heapq
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
+
+from vramplan.memory.reduction import REDUCTION
 
 ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2, "int64": 8, "int32": 4, "int8": 1, "bool": 1}
 LEAF_ORDER = 1 << 60  # AccumulateGrad runs as soon as it is ready (sequence_nr = UINT64_MAX)
@@ -155,14 +158,28 @@ class StopRecomputation(Exception):
     """Raised when a checkpointed block has recomputed all that backward will ask for."""
 
 
-class Frame:
-    """One checkpointed call: recomputes its saved tensors when backward first asks for one."""
+class Holder:
+    """What a node of a checkpointed call holds in place of a saved tensor."""
 
-    __slots__ = ("count", "recompute", "recomputed")
+    __slots__ = ("__weakref__", "frame", "position")
+
+    def __init__(self, frame: Frame, position: int) -> None:
+        self.frame, self.position = frame, position
+
+
+class Frame:
+    """One checkpointed call: recomputes its saved tensors when backward first asks for one.
+
+    What nodes saved that died in forward already (nothing depended on them) is computed again,
+    but not kept.
+    """
+
+    __slots__ = ("count", "holders", "recompute", "recomputed")
 
     def __init__(self, recompute: Callable[[Frame], Any]) -> None:
         self.recompute = recompute  # takes the frame: holding it would be a cycle
         self.recomputed: dict[int, Storage | None] | None = None
+        self.holders: list[weakref.ref[Holder]] = []
         self.count = 0
 
 
@@ -179,7 +196,8 @@ class Saver:
         for storage in storages:
             if self.inner:
                 assert self.frame.recomputed is not None
-                self.frame.recomputed[self.position] = storage
+                if self.frame.holders[self.position]() is not None:
+                    self.frame.recomputed[self.position] = storage
             self.position += 1
             if self.inner and self.position == self.frame.count:
                 raise StopRecomputation
@@ -193,7 +211,8 @@ class Tape:
 
     def __init__(self) -> None:
         self.events: list[int] = []
-        self.sizes: list[tuple[int, int, int]] = []  # bytes x batch^i x seq^j of each storage
+        # of each storage bytes x batch^i x seq^j; or a reduction's buffer (reduction.py)
+        self.sizes: list[tuple[int, int, int]] = []
         self.categories: list[str] = []
         self.category = "activation"
         self.saver: Saver | None = None
@@ -201,6 +220,11 @@ class Tape:
         self.grad_enabled = True
         self.autocast: str | None = None
         self.casts: list[Parameter] = []
+
+    @property
+    def recomputing(self) -> bool:
+        """Whether a checkpointed block is being run again for backward."""
+        return self.saver is not None and self.saver.inner
 
     # -- storages -----------------------------------------------------------------------------
     def new(self, size: Size, dtype: str, category: str | None = None) -> Value:
@@ -258,8 +282,12 @@ class Tape:
     def pack(self, storages: Sequence[Storage | None]) -> Sequence[Any]:
         if self.saver is None:
             return storages
-        positions = self.saver.pack(storages)
-        return () if self.saver.inner else [(self.saver.frame, p) for p in positions]
+        frame, positions = self.saver.frame, self.saver.pack(storages)
+        if self.saver.inner:
+            return ()
+        holders = [Holder(frame, position) for position in positions]
+        frame.holders += [weakref.ref(holder) for holder in holders]
+        return holders
 
     def checkpoint(self, function: Callable[..., Value], x: Value, *args: Any) -> Value:
         """torch.utils.checkpoint(use_reentrant=False): `function(x, *args)` saving only `x`."""
@@ -318,24 +346,37 @@ class Tape:
         """Called before each backward node; a subclass may mark sections."""
 
     def _run(self, node: Node) -> list[Value | None]:
-        """One node: its incoming gradients live until it returns, its saved tensors until then too.
+        """One node: its incoming gradients and saved tensors live until call_function returns.
 
-        validate_outputs then sums what was broadcast and casts to the input's dtype, one by one.
+        Before that validate_outputs sums what was broadcast and casts to the inputs' dtypes, one
+        by one. What a checkpoint recomputed for it is its own no longer than its formula runs.
         """
         saved = _unpack(node)
         buffers, node.buffers = node.buffers, []
         result = node.backward(*buffers)
         grads: list[Value | None] = list(result) if isinstance(result, tuple) else [result]
-        del result, saved, buffers
-        node.saved, node.context, node.edges = (), None, []
+        del result, saved
         for i, (size, dtype) in enumerate(node.expected[: len(grads)]):
             grad = grads[i]
             if grad is not None and grad.size != size:
-                grads[i] = grad = self.new(size, grad.dtype)
+                grads[i] = grad = self.sum_to(grad, size)
             if grad is not None and grad.dtype != dtype:
                 grads[i] = grad = self.new(size, dtype)
             del grad
+        del buffers
+        node.saved, node.context, node.edges = (), None, []
         return grads
+
+    def sum_to(self, grad: Value, size: Size) -> Value:
+        """sum_to_size: over tokens it takes a buffer (reduction.py) while it runs."""
+        out = self.new(size, grad.dtype)
+        per_token, rest = divmod(grad.size.count, size.count)
+        if grad.size[1:] == (1, 1) and size[1:] == (0, 0) and not rest:
+            storage = Storage(self, len(self.sizes))
+            self.sizes.append((size.count, per_token, REDUCTION))
+            self.categories.append("temporary")
+            del storage
+        return out
 
     def _deliver(self, node: Node, slot: int, grad: Value | None, queue: list[Node]) -> None:
         node.waiting -= 1
@@ -379,11 +420,12 @@ def _count_dependencies(root: Node) -> None:
 def _unpack(node: Node) -> list[Storage | None]:
     out: list[Storage | None] = []
     for item in node.saved:
-        if isinstance(item, tuple):
-            frame, position = item
+        if isinstance(item, Holder):
+            frame = item.frame
             if frame.recomputed is None:
                 frame.recompute(frame)
-            out.append(frame.recomputed.pop(position))
+            assert frame.recomputed is not None
+            out.append(frame.recomputed.pop(item.position))
         else:
             out.append(item)
     return out

@@ -11,6 +11,7 @@ from typing import Any
 
 from vramplan.models.architecture import Architecture
 from vramplan.models.blocks import family
+from vramplan.models.stack import Stack
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +30,10 @@ class Tensor:
     """A linear's weight that peft's all-linear adapts."""
     transposed: bool = False
     """A Conv1D's weight: in x out, not out x in."""
+    former: tuple[str, ...] = ()
+    """Modules of transformers 4 that a parameter of a mixture of experts holds: targets that name
+    all of them (all-linear names everything) adapt it, with their number times the rank for each
+    expert: lora_A is (number x rank x experts) x in, lora_B out x the same."""
     dtype: str | None = None
     """The dtype that it keeps whatever the model is loaded in; None: the model's."""
 
@@ -74,7 +79,12 @@ class Inventory:
 
     def __init__(self) -> None:
         self.policy = SimpleNamespace(
-            attention="sdpa", quantization=None, rank=None, autocast=None, checkpointing=False
+            attention="sdpa",
+            quantization=None,
+            rank=None,
+            autocast=None,
+            checkpointing=False,
+            beyond_window=False,
         )
         self.found: dict[str, Tensor] = {}
         self.layers: tuple[int, ...] = ()
@@ -91,7 +101,7 @@ class Inventory:
     def parameter(self, name: str, *shape: int, trains: bool | None = None) -> Blank:
         return self.note(name, shape, _role(name))
 
-    def embedding(self, name: str, rows: int, width: int, size: Any = None) -> Blank:
+    def embedding(self, name: str, rows: int, width: int, indices: Any = None) -> Blank:
         return self.note(f"{name}.weight", (rows, width), "embedding")
 
     def head(self, x: Blank, name: str, n_in: int, n_out: int, bias: str | bool) -> Blank:
@@ -108,21 +118,44 @@ class Inventory:
         quantizable: bool = True,
         adaptable: bool = True,
         transposed: bool = False,
+        product: bool = False,
     ) -> Blank:
         shape = (n_in, n_out) if transposed else (n_out, n_in)
         facts = {"quantizable": quantizable, "adaptable": adaptable, "transposed": transposed}
         self.note(f"{name}.weight", shape, "linear", **facts)
         return self.note(f"{name}.bias", (n_out,), "bias") if bias else BLANK
 
-    def experts(self, x: Blank, name: str, weights: Sequence[tuple[str, tuple[int, ...]]]) -> Blank:
-        for suffix, shape in weights:
-            self.note(f"{name}.{suffix}", shape, "expert")
+    def experts(self, x: Blank, index: Blank, scores: Blank, stack: Stack, gate: Any) -> Blank:
+        for part, shape in stack.shapes.items():
+            self.note(f"{stack.name}.{part}", shape, "expert", former=stack.former[part])
+            if stack.biased:
+                bias = (stack.count, stack.outputs[part])
+                self.note(f"{stack.name}.{part}_bias", bias, "expert")
         return BLANK
+
+    def router_logits(
+        self,
+        x: Blank,
+        name: str,
+        experts: int,
+        hidden: int,
+        former: tuple[str, ...],
+        wide: bool = False,
+        biased: bool = False,
+    ) -> Blank:
+        self.note(f"{name}.weight", (experts, hidden), "router", former=former)
+        return self.note(f"{name}.bias", (experts,), "bias") if biased else BLANK
+
+    def topk(self, x: Blank, k: int, width: int) -> tuple[Blank, Blank]:
+        return BLANK, BLANK
+
+    def half_tables(self, x: Blank, width: int) -> tuple[Blank, Blank]:
+        return BLANK, BLANK
 
     def buffer(self, name: str, numel: int, dtype: str = "fp32") -> None:
         self.note(name, (numel,), "buffer", dtype=dtype)
 
-    def rotary_tables(self, x: Blank, width: int) -> tuple[Blank, Blank]:
+    def rotary_tables(self, x: Blank, width: int, cast: bool = True) -> tuple[Blank, Blank]:
         return BLANK, BLANK
 
     def __getattr__(self, name: str) -> Any:
@@ -150,7 +183,7 @@ def inventory(arch: Architecture) -> tuple[Tensor, ...]:
         kinds.setdefault(model.kind(layer), []).append(layer)
     for layers in kinds.values():
         g.layers, g.marker = tuple(layers), f"{model.layers_name}.{layers[0]}"
-        model.run(x, layers[0], tables)
+        model.run(x, layers[0], model.tables_for(layers[0], tables))
     g.layers, g.marker = (), ""
     model.head(model.final_norm(x))
     model.buffers()

@@ -8,6 +8,7 @@ transformers' `Trainer` does. It needs torch, transformers, peft and accelerate,
 from __future__ import annotations
 
 from vramplan_launcher.trace.counting import Counter, Phase, Storage
+from vramplan_launcher.trace.scaling import trace_deep
 from vramplan_launcher.trace.steps import Trace, trace
 
-__all__ = ["Counter", "Phase", "Storage", "Trace", "trace"]
+__all__ = ["Counter", "Phase", "Storage", "Trace", "trace", "trace_deep"]

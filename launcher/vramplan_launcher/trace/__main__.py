@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("config")
     parser.add_argument("recipe", nargs="?", default="{}")
     parser.add_argument("--layers", type=int)
+    parser.add_argument("--deep", action="store_true", help="trace few of many equal layers")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--compute-capability", default="9.0")
     parser.add_argument("--verbose", action="store_true", help="storages at each peak and end")
@@ -38,12 +39,13 @@ def main() -> None:
     parser.add_argument("--events", help="write every allocation and release, in order, here")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
-    from vramplan_launcher.trace import trace
+    from vramplan_launcher.trace import trace, trace_deep
 
     config = json.loads(Path(options.config).read_text())
     config = config.get("config", config)
     began = time.time()
-    result = trace(
+    run = trace_deep if options.deep else trace
+    result = run(
         config,
         json.loads(options.recipe),
         layers=options.layers,

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from vramplan_launcher.trace import quantized
+from vramplan_launcher.trace.counting import Counter
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -91,6 +92,26 @@ def materialize(model: nn.Module, dtype: torch.dtype) -> None:
         for name, value in list(vars(module).items()):
             if isinstance(value, torch.Tensor) and value.device.type == "meta":
                 setattr(module, name, fake(value))
+
+
+def warm_up(model: nn.Module, counter: Counter) -> None:
+    """`caching_allocator_warmup`: one segment of the model's size is reserved and given back."""
+    if counter.blocks is None:
+        return
+    total = 0
+    seen: set[int] = set()
+    for module in model.modules():
+        bnb = quantized.installed() and quantized.is_quantized_linear(module)
+        for name, value in (*module._parameters.items(), *module._buffers.items()):
+            if value is None or id(value) in seen:
+                continue
+            seen.add(id(value))
+            size = value.numel() * value.element_size()
+            if bnb and name == "weight":
+                size = value.numel() if hasattr(value, "SCB") else value.numel() // 2
+            total += size
+    block = counter.blocks.take(-(-total // 512) * 512)
+    counter.blocks.give_back(block)
 
 
 @contextlib.contextmanager

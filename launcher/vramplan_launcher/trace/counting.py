@@ -17,6 +17,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from vramplan_launcher.trace.blocks import Block, Blocks
+
 aten = torch.ops.aten
 BLOCK = 512
 """Bytes to which CUDACachingAllocator rounds (kMinBlockSize, c10/cuda/CUDACachingAllocator.cpp)."""
@@ -38,6 +40,7 @@ class Storage:
     module: str
     category: str
     phase: str
+    block: Block | None = None
 
 
 @dataclass(slots=True)
@@ -57,6 +60,8 @@ class Phase:
     start: int
     end: int = 0
     peak: int = 0
+    first_event: int = 0
+    last_event: int = 0
     peak_storages: list[Storage] = field(default_factory=list)
     end_storages: list[Storage] = field(default_factory=list)
 
@@ -75,6 +80,7 @@ class Counter(TorchDispatchMode):
         answer: Callable[[torch.Tensor, str], Any] | None = None,
         keep_events: bool = False,
         watch_peak: bool = False,
+        blocks: Blocks | None = None,
     ) -> None:
         super().__init__()
         self.live = 0
@@ -93,6 +99,7 @@ class Counter(TorchDispatchMode):
         self._answer = answer
         self._elsewhere: set[int] = set()
         self._outside = 0
+        self.blocks = blocks
 
     def __torch_dispatch__(
         self,
@@ -151,14 +158,23 @@ class Counter(TorchDispatchMode):
             self.category,
             self.phase,
         )
+        self._place(record)
         self.storages[key] = record
         self.refs[key] = weakref.ref(storage, lambda _, key=key: self._free(key))
-        self._count(size, record)
+        self._count(record.size, record)
+
+    def _place(self, record: Storage) -> None:
+        """With the default allocator a storage counts as large as its block."""
+        if self.blocks is not None:
+            record.block = self.blocks.take(record.size)
+            record.size = record.block.size
 
     def _free(self, key: int) -> None:
         record = self.storages.pop(key, None)
         self.refs.pop(key, None)
         if record is not None:
+            if record.block is not None and self.blocks is not None:
+                self.blocks.give_back(record.block)
             self._count(-record.size, record)
 
     def _count(self, delta: int, record: Storage) -> None:
@@ -183,16 +199,24 @@ class Counter(TorchDispatchMode):
         """A storage that lives only inside one kernel."""
         size = rounded(nbytes)
         record = Storage(size, op, (nbytes,), "uint8", self.module, "temporary", self.phase)
+        self._place(record)
         self.storages[-1] = record
-        self._count(size, record)
+        self._count(record.size, record)
         self._free(-1)
 
     def keep(self, nbytes: int, op: str, category: str) -> None:
         """A storage outside any tensor that stays to the end (a cuBLAS workspace)."""
         size = rounded(nbytes)
         record = Storage(size, op, (nbytes,), "uint8", "", category, self.phase)
+        self._place(record)
         self.storages[-2 - len(self.storages)] = record
-        self._count(size, record)
+        self._count(record.size, record)
+
+    def to_host(self, tensor: torch.Tensor) -> None:
+        """A storage that was counted, and lives on the host in a run on a GPU."""
+        key = tensor.untyped_storage()._cdata
+        if key in self.storages:
+            self._free(key)
 
     def relabel(self, tensor: torch.Tensor, category: str, module: str) -> None:
         """Names a storage that is already counted."""
@@ -203,13 +227,14 @@ class Counter(TorchDispatchMode):
     @contextlib.contextmanager
     def measure(self, name: str) -> Iterator[Phase]:
         """A phase: its start, end and peak are appended to `phases`."""
-        phase = Phase(name, self.live)
+        phase = Phase(name, self.live, first_event=len(self.events or ()))
         self.phase, self.peak = name, self.live
         self.peak_storages = list(self.storages.values()) if self.watch_peak else []
         try:
             yield phase
         finally:
             phase.end, phase.peak = self.live, self.peak
+            phase.last_event = len(self.events or ())
             phase.peak_storages = self.peak_storages
             if self.watch_peak:
                 phase.end_storages = list(self.storages.values())

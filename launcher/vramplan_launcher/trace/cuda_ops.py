@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from vramplan_launcher.trace.autocast import override
+
 aten = torch.ops.aten
 HALF = (torch.float16, torch.bfloat16)
 
@@ -146,7 +148,7 @@ def cuda_paths() -> Iterator[None]:
     }
     try:
         for name, kernel in kernels.items():
-            library.impl(name, kernel, "AutogradCPU", allow_override=True)
+            override(library, name, kernel, "AutogradCPU")
         yield
     finally:
         library._destroy()
@@ -174,8 +176,45 @@ def _embedding_backward(func: Any, args: tuple[Any, ...], kwargs: Any, out: Any)
     return 2 * indices.numel() * 8
 
 
+def _efficient_backward(func: Any, args: tuple[Any, ...], kwargs: Any, out: Any) -> int:
+    """`_efficient_attention_backward` (attention_backward.cu): delta, and dq (wide heads: dk, dv
+    too) accumulated in fp32 for 16-bit inputs, in the tiles of the sm_80 kernels."""
+    _, q, k, v = args[:4]
+    batch, heads, rows, width = q.shape
+    need = batch * heads * _round_up(rows, 32) * 4
+    if q.dtype == torch.float32:
+        return need
+    tile_rows, tile_columns = 64, 64
+    if 64 < width <= 128:
+        tile_rows, tile_columns = 128, 64 if width <= 96 else 128
+    need += batch * heads * _round_up(rows, tile_rows) * _round_up(width, tile_columns) * 4
+    if width > 128:
+        keys = _round_up(k.size(2), tile_columns)
+        need += batch * heads * keys * _round_up(width, tile_rows) * 4
+        need += batch * heads * keys * _round_up(v.size(-1), tile_rows) * 4
+    return need
+
+
+def _foreach_norm(func: Any, args: tuple[Any, ...], kwargs: Any, out: Any) -> int:
+    """`foreach_tensor_norm_cuda` (ForeachReduceOp.cu): one fp32 a chunk of 65536 elements."""
+    tensors = args[0]
+    return len(tensors) * max(-(-t.numel() // 65536) for t in tensors) * 4
+
+
+def _accumulating_put(func: Any, args: tuple[Any, ...], kwargs: Any, out: Any) -> int:
+    """`index_put_with_sort_kernel` (cuda/Indexing.cu): linear, sorted and original indices, their
+    range, and the second key and value buffers of cub's radix sort; int64 all."""
+    if len(args) < 4 or not args[3]:
+        return 0
+    rows = max(i.numel() for i in args[1] if i is not None)
+    return 6 * rows * 8
+
+
 KERNEL_SCRATCH: dict[Any, Any] = {
+    aten.index_put.default: _accumulating_put,
     aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
+    aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
+    aten._foreach_norm.Scalar: _foreach_norm,
     aten.embedding_dense_backward.default: _embedding_backward,
 }
 
@@ -188,7 +227,50 @@ def _layer_norm(func: Any, *args: Any, **kwargs: Any) -> Any:
     return out, mean, rstd
 
 
-REPLACED: dict[Any, Any] = {aten.native_layer_norm.default: _layer_norm}
+def _in_place(node: str, out_of_place: Any, in_place: Any) -> Any:
+    """A backward formula that writes into zeros of its own, except with tensor subclasses.
+
+    Source: torch/csrc/autograd/FunctionsManual.cpp (`areAnyTensorSubclassLike`).
+    """
+
+    def kernel(func: Any, *args: Any, **kwargs: Any) -> Any:
+        current = torch._C._current_autograd_node()
+        if current is None or node not in current.name():
+            return out_of_place(*args, **kwargs)
+        in_place(*args, **kwargs)
+        return args[0]
+
+    return kernel
+
+
+def _grouped_mm(
+    func: Any, mat_a: torch.Tensor, mat_b: torch.Tensor, offs: Any = None, *rest: Any, **kwargs: Any
+) -> torch.Tensor:
+    """CUDA multiplies fp32 and fp16 groups too, one after the other; the meta function does not.
+
+    Source: `create_grouped_gemm_output_tensor` and `_grouped_mm_fallback` (GroupedMMUtils.h): rows
+    padded to 16 bytes.
+    """
+    size = [mat_a.size(0), mat_b.size(-1)]
+    if mat_a.dim() == mat_b.dim() == 2:
+        size.insert(0, offs.size(0))
+    align = 16 // mat_a.element_size()
+    row = _round_up(size[-1], align)
+    stride = [row, 1] if len(size) == 2 else [size[1] * row, row, 1]
+    return torch.empty_strided(size, stride, dtype=mat_a.dtype)
+
+
+REPLACED: dict[Any, Any] = {
+    aten._grouped_mm.default: _grouped_mm,
+    aten.native_layer_norm.default: _layer_norm,
+    aten.index_put.default: _in_place(
+        "IndexBackward", aten.index_put.default, aten.index_put_.default
+    ),
+    aten.scatter.src: _in_place("Backward", aten.scatter.src, aten.scatter_.src),
+    aten.scatter_add.default: _in_place(
+        "GatherBackward", aten.scatter_add.default, aten.scatter_add_.default
+    ),
+}
 """Operations whose results on CUDA have another shape or type than the meta function's."""
 
 

@@ -12,6 +12,7 @@ import ast
 import contextlib
 import functools
 import importlib.util
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -82,14 +83,13 @@ def load_weight(module: nn.Module, dtype: torch.dtype) -> None:
 @contextlib.contextmanager
 def cuda_backend(counter: Any) -> Iterator[None]:
     """While open, bitsandbytes' Python takes the branches that it takes on CUDA."""
-    try:
-        import bitsandbytes as bnb
-        from bitsandbytes import functional
-        from bitsandbytes.autograd import _functions
-        from bitsandbytes.optim import optimizer
-    except ImportError:
+    if not installed():
         yield
         return
+    import bitsandbytes as bnb
+    from bitsandbytes import functional
+    from bitsandbytes.autograd import _functions
+    from bitsandbytes.optim import optimizer
 
     def matmul(A: Any, B: Any, out: Any = None, state: Any = None, threshold: float = 0.0, bias: Any = None) -> Any:
         state = state or _functions.MatmulLtState()
@@ -109,8 +109,7 @@ def cuda_backend(counter: Any) -> Iterator[None]:
         return paged(*p.shape, dtype=dtype)
 
     def dynamic_map(*args: Any, **kwargs: Any) -> torch.Tensor:
-        with counter.outside():  # made on the host
-            return torch.empty(256, dtype=torch.float32)
+        return torch.empty(256, dtype=torch.float32)  # its callers send it to the device
 
     patches: list[tuple[Any, str, Any]] = [
         (bnb, "matmul", matmul),
@@ -118,7 +117,6 @@ def cuda_backend(counter: Any) -> Iterator[None]:
         (functional, "create_dynamic_map", dynamic_map),
         (functional, "name2qmap", {}),
         (optimizer.Optimizer8bit, "get_state_buffer", state_buffer),
-        (optimizer.Optimizer8bit, "name2qmap", {}) if hasattr(optimizer.Optimizer8bit, "name2qmap") else (functional, "is_on_gpu", functional.is_on_gpu),
         (optimizer, "sync_gpu", lambda *a: None),
         (optimizer.GlobalOptimManager, "_instance", None),
     ]
@@ -243,8 +241,9 @@ def scratch(capability: str, processors: Processors) -> dict[Any, Any]:
 
 def installed() -> bool:
     """Whether bitsandbytes can be imported."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it looks for CPU kernels
     try:
-        import bitsandbytes  # noqa: F401
+        import bitsandbytes  # noqa: F401  (defines its operations)
     except ImportError:
         return False
     return True

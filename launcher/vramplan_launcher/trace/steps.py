@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import types
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vramplan_launcher.trace import autocast, build, cuda_ops, quantized, reduction
+from vramplan_launcher.trace.blocks import Blocks
 from vramplan_launcher.trace.counting import Counter, Phase
 from vramplan_launcher.trace.reduction import Processors
 
@@ -29,6 +30,7 @@ DEFAULTS: dict[str, Any] = {
     "batch_size": 1,
     "seq_len": 2048,
     "gradient_accumulation_steps": 1,
+    "allocator": "expandable_segments",
 }
 
 
@@ -54,7 +56,7 @@ class Trace:
 
 def trace(
     config: dict[str, Any],
-    recipe: dict[str, Any] | None = None,
+    recipe: Any = None,
     *,
     layers: int | None = None,
     steps: int = 2,
@@ -65,10 +67,12 @@ def trace(
 ) -> Trace:
     """Runs `steps` training steps of `recipe` on fake tensors and returns what was counted.
 
-    `config` is a Hugging Face `config.json`; `recipe` has the fields of `vramplan.Recipe` (those
-    left out take its defaults); `layers` cuts the depth. `watch_peak` keeps the storages that are
+    `config` is a Hugging Face `config.json`; `recipe` is a `vramplan.Recipe` or a dict of
+    its fields (those left out take its defaults); `layers` cuts the depth. `watch_peak` keeps the storages that are
     live at each phase's peak and end; `keep_events` keeps every allocation and release in order.
     """
+    if hasattr(recipe, "to_dict"):
+        recipe = recipe.to_dict()
     chosen = {**DEFAULTS, **(recipe or {})}
     processors = processors or Processors()
     counter = Counter(
@@ -81,10 +85,11 @@ def trace(
         answer=cuda_ops.answer_scalar,
         keep_events=keep_events,
         watch_peak=watch_peak,
+        blocks=Blocks() if chosen["allocator"] == "default" else None,
     )
-    hf = build.hf_config(config, layers)
-    skeleton = build.skeleton(hf, chosen)
-    with cuda_semantics(counter), FakeTensorMode(allow_non_fake_inputs=True), counter:
+    with quiet():
+        skeleton = build.skeleton(build.hf_config(config, layers), chosen)
+    with cuda_semantics(counter), FakeTensorMode(allow_non_fake_inputs=True), counter, quiet():
         run = Run(skeleton, chosen, counter, compute_capability)
         run.load()
         run.prepare()
@@ -98,13 +103,20 @@ def trace(
 
 
 @contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Libraries' warnings about a run that never happens are of no use to anyone."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
 def cuda_semantics(counter: Counter) -> Iterator[None]:
     """CUDA's autocast lists and composite paths; transformers is told that nothing is traced."""
     from transformers.utils import import_utils
 
     was = import_utils.is_fake_tensor
     import_utils.is_fake_tensor = lambda _: False
-    gc.collect()
     try:
         with autocast.cuda_lists(), cuda_ops.cuda_paths(), quantized.cuda_backend(counter):
             yield
@@ -128,9 +140,9 @@ class Run:
     def load(self) -> None:
         """`from_pretrained` onto the device."""
         self.counter.category = "parameter"
+        build.warm_up(self.model, self.counter)
         with self.counter.measure("0:load"):
             build.materialize(self.model, build.DTYPES[self.recipe["dtype"]])
-            gc.collect()
 
     def prepare(self) -> None:
         """Adapters, checkpointing, and the forward that accelerate wraps."""
@@ -138,6 +150,8 @@ class Run:
         with counter.measure("0:prepare"):
             if recipe["quantization"]:
                 self.model = build.prepare_for_kbit(self.model, recipe)
+                if counter.blocks is not None:
+                    counter.blocks.empty_cache()
             if recipe["lora"]:
                 self.model = build.add_lora(self.model, recipe)
             if recipe["gradient_checkpointing"]:
@@ -227,10 +241,20 @@ class Run:
         with counter.measure(f"{number}:optimizer_step"):
             counter.category = "optimizer"
             self.optimizer.step()
+            self._steps_to_host()
             counter.category = "activation"
         with counter.measure(f"{number}:step_end"):
             self.model.zero_grad()
         self.held += (norm,)
+
+    def _steps_to_host(self) -> None:
+        """torch's optimizers keep their step counters on the host, unless they are fused."""
+        if any(group.get("fused") for group in self.optimizer.param_groups):
+            return
+        for state in self.optimizer.state.values():
+            step = state.get("step")
+            if isinstance(step, torch.Tensor):
+                self.counter.to_host(step)
 
     def forward_backward(
         self, tag: str, first: bool, inputs: dict[str, torch.Tensor], items: torch.Tensor

@@ -26,6 +26,7 @@ class Decoder:
         self.arch = arch
         self.g = g
         self.tables: tuple[Tensor, ...] = ()
+        self.weights: Tensor = None  # eager attention's second result: layers hold it to their end
         self.held: tuple[Tensor, ...] = ()  # variables of the model's forward
 
     # -- the model's forward ------------------------------------------------------------------
@@ -56,6 +57,10 @@ class Decoder:
             return (mask, None, None)
         return (mask, *self.g.rotary_tables(x, self.arch.rotary_dim))
 
+    def tables_for(self, layer: int, tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Mask, cos and sin of one layer, where kinds of layers have their own."""
+        return tables
+
     @property
     def mask(self) -> Tensor:
         return self.tables[0]
@@ -66,7 +71,7 @@ class Decoder:
         try:
             return self.block(x, layer)
         finally:
-            self.tables = ()
+            self.tables, self.weights = (), None
 
     def block(self, x: Tensor, layer: int) -> Tensor:
         raise NotImplementedError
@@ -137,21 +142,33 @@ class Decoder:
         if self.g.policy.attention == "eager":
             return self.eager(q, k, v)
         return self.g.fused_attention(
-            q, k, v, self.mask, arch.heads, arch.kv_heads, arch.head_dim
+            q,
+            k,
+            v,
+            self.mask,
+            arch.heads,
+            arch.kv_heads,
+            arch.head_dim,
+            dropout=arch.dropouts.attention,
         )
 
     def eager(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """eager_attention_forward of the llama kin: softmax in fp32, cast back, dropout."""
         arch, g = self.arch, self.g
         groups = arch.heads // arch.kv_heads
-        k_states = k.expand(groups)
-        v_states = v.expand(groups)
+        k_states = k.expand(groups, view=arch.kv_heads == 1)
+        v_states = v.expand(groups, view=arch.kv_heads == 1)
         weights = g.scores(q, k_states, arch.heads) * 1.0
+        if arch.attention_softcap:
+            weights = weights / 1.0
+            weights = weights.tanh()
+            weights = weights * 1.0
         if self.mask is not None:
             weights = weights + self.mask
         weights = weights.softmax("fp32").to(q.dtype)
         weights = weights.dropout(arch.dropouts.attention)
         out = g.weighted(weights, v_states, arch.heads)
+        self.weights = weights
         return out.clone()
 
     # -- feed-forward -------------------------------------------------------------------------

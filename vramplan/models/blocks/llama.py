@@ -24,13 +24,22 @@ class Llama(Decoder):
         return self.gated_mlp(x, name)
 
     def attention(self, x: Tensor, name: str) -> Tensor:
-        arch, g = self.arch, self.g
-        query, key = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
-        bias = arch.attention_bias
-        q = self.heads(g.linear(x, f"{name}.q_proj", arch.hidden_size, query, bias))
-        k = self.heads(g.linear(x, f"{name}.k_proj", arch.hidden_size, key, bias))
-        v = self.heads(g.linear(x, f"{name}.v_proj", arch.hidden_size, key, bias))
+        arch = self.arch
+        q, k, v = self.project(x, name)
         q, k = self.rotary(q, k)
         out = self.attend(q, k, v)
-        out = g.linear(out, f"{name}.o_proj", query, arch.hidden_size, arch.output_bias)
+        width = arch.heads * arch.head_dim
+        out = self.g.linear(out, f"{name}.o_proj", width, arch.hidden_size, arch.output_bias)
         return out
+
+    def project(self, x: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, heads before tokens."""
+        q = self.heads(self.project_one(x, f"{name}.q_proj", self.arch.heads))
+        k = self.heads(self.project_one(x, f"{name}.k_proj", self.arch.kv_heads))
+        v = self.heads(self.project_one(x, f"{name}.v_proj", self.arch.kv_heads))
+        return q, k, v
+
+    def project_one(self, x: Tensor, name: str, heads: int) -> Tensor:
+        arch = self.arch
+        width = heads * arch.head_dim
+        return self.g.linear(x, name, arch.hidden_size, width, arch.attention_bias)

@@ -13,13 +13,14 @@ def common(c: Config, **defaults: Any) -> dict[str, Any]:
     hidden = c.size("hidden_size", *_default(defaults, "hidden_size"))
     heads = c.size("num_attention_heads", *_default(defaults, "num_attention_heads"))
     head_dim = c.size("head_dim", defaults.get("head_dim") or hidden // heads)
+    kv_heads = defaults.get("num_key_value_heads") if "num_key_value_heads" not in c.values else None
     return {
         "family": c.model_type,
         "vocab_size": c.size("vocab_size", *_default(defaults, "vocab_size")),
         "hidden_size": hidden,
         "layers": c.size("num_hidden_layers", *_default(defaults, "num_hidden_layers")),
         "heads": heads,
-        "kv_heads": c.size("num_key_value_heads", defaults.get("num_key_value_heads") or heads),
+        "kv_heads": c.size("num_key_value_heads", kv_heads or heads),
         "head_dim": head_dim,
         "intermediate_size": c.size("intermediate_size", *_default(defaults, "intermediate_size")),
         "max_positions": c.size(

@@ -1,0 +1,98 @@
+"""Measured runs as recipes: the anchors in tests/measured, read for `make accuracy` and the tests.
+
+A case holds a run through transformers' Trainer, measured with torch's allocator counters at the
+ends of the phases. `config` is the model's config.json; older files name one of `models.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vramplan.memory.estimate import Estimate, estimate
+from vramplan.recipe.recipe import LoRA, Recipe
+
+FOLDER = Path(__file__).resolve().parent.parent / "tests" / "measured"
+PHASES = ("forward", "backward", "optimizer_step")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One measured run, and what the estimate is compared with: bytes by phase."""
+
+    id: str
+    file: str
+    config: dict[str, Any]
+    recipe: Recipe
+    peak_allocated: int
+    ends: dict[str, int]
+    peaks: dict[str, int]
+    case: dict[str, Any]
+
+    def estimate(self) -> Estimate:
+        return estimate(self.config, self.recipe)
+
+
+def runs(name: str) -> Iterator[Run]:
+    """The runs of tests/measured/<name>.json that ended."""
+    models = json.loads((FOLDER / "models.json").read_text(encoding="utf-8"))
+    for entry in json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8")):
+        if entry.get("ok", True):
+            yield _run(entry, models, name)
+
+
+def _run(entry: dict[str, Any], models: dict[str, Any], name: str) -> Run:
+    case = entry["case"]
+    ends, peaks = _phases(entry["timeline"])
+    return Run(
+        id=case["id"],
+        file=name,
+        config=case.get("config") or models[case["model"]],
+        recipe=recipe_of(case),
+        peak_allocated=entry["peak_allocated"],
+        ends={"load": entry["load"]["end"], "prepare": entry["prepared"]["end"], **ends},
+        peaks={"load": entry["load"]["peak"], "prepare": entry["prepared"]["peak"], **peaks},
+        case=case,
+    )
+
+
+def recipe_of(case: dict[str, Any]) -> Recipe:
+    """The recipe of a case; what it leaves out has the harness's defaults."""
+    method = case.get("method", "full")
+    lora = None
+    if method != "full":
+        targets = case.get("targets", "all-linear")
+        lora = LoRA(
+            rank=case.get("rank", 8), dropout=case.get("dropout", 0.05), target_modules=targets
+        )
+    quantization = {"qlora": case.get("quant_type", "nf4"), "int8": "int8"}.get(method)
+    return Recipe(
+        dtype=case.get("weights", "bf16"),
+        mixed_precision=case.get("amp", "bf16"),
+        quantization=quantization,
+        double_quant=case.get("double_quant", True),
+        lora=lora,
+        attention=case.get("attn", "sdpa"),
+        gradient_checkpointing=bool(case.get("gc")),
+        optimizer=case.get("optim", "adamw_torch_fused"),
+        batch_size=case["batch"],
+        seq_len=case["seq"],
+        gradient_accumulation_steps=case.get("ga", 1),
+        allocator="expandable_segments" if case.get("conf") else "default",
+    )
+
+
+def _phases(timeline: list[dict[str, Any]]) -> tuple[dict[str, int], dict[str, int]]:
+    """Ends and peaks of the last step, when optimizer states are there."""
+    names = {"forward": "forward", "backward": "backward", "optimizer": "optimizer_step"}
+    ends: dict[str, int] = {}
+    peaks: dict[str, int] = {}
+    for mark in timeline:
+        phase = names.get(mark["phase"])
+        if phase:
+            ends[phase] = mark["end"]
+            peaks[phase] = mark["peak"]
+    return ends, peaks

@@ -1,0 +1,69 @@
+"""Estimates against measured runs: each on its own, never only an average, because errors cancel."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+from measured import FOLDER, recipe_of, runs  # noqa: E402
+
+from vramplan.memory.estimate import estimate  # noqa: E402
+
+FILES = [p.stem for p in sorted(FOLDER.glob("*_gpu.json"))]
+ALL = [run for name in FILES for run in runs(name)]
+
+WORST = 0.03
+MEAN_ABSOLUTE = 0.01
+SIGNED_MEAN = 0.005
+PHASES = ("load", "prepare", "forward", "backward", "optimizer_step")
+
+
+def error(run):
+    return run.estimate().peak_allocated / run.peak_allocated - 1
+
+
+@pytest.mark.parametrize("run", ALL, ids=lambda run: run.id)
+def test_peak(run):
+    assert abs(error(run)) <= WORST
+
+
+@pytest.mark.parametrize("run", ALL, ids=lambda run: run.id)
+def test_ends_of_phases(run):
+    """Within 3 % of the run's peak: a right peak for a wrong reason would show here."""
+    phases = run.estimate().timeline.phases()
+    off = {
+        name: (phases[name].end - run.ends[name]) / run.peak_allocated
+        for name in PHASES
+        if abs(phases[name].end - run.ends[name]) > WORST * run.peak_allocated
+    }
+    assert not off
+
+
+def test_no_bias():
+    errors = [error(run) for run in ALL]
+    assert sum(map(abs, errors)) / len(errors) <= MEAN_ABSOLUTE
+    assert abs(sum(errors) / len(errors)) <= SIGNED_MEAN
+
+
+def capped():
+    models = json.loads((FOLDER / "models.json").read_text(encoding="utf-8"))
+    for entry in json.loads((FOLDER / "smallest_cap.json").read_text(encoding="utf-8")):
+        if entry["alloc_conf"] is not None:
+            ratio = min(float(r) for r, outcome in entry["tried"].items() if outcome == "ok")
+            case = entry["case"]
+            survived = int(ratio * entry["peak_allocated"])
+            yield pytest.param(models[case["model"]], recipe_of(case), survived, id=case["id"])
+
+
+@pytest.mark.parametrize(("config", "recipe", "survived"), list(capped()))
+def test_required(config, recipe, survived):
+    """Never under the smallest cap that survived plus the overhead, at most 5 % over."""
+    e = estimate(config, recipe)
+    least = survived + e.overhead["context"]
+    assert least <= e.required <= 1.05 * least

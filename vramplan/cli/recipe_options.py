@@ -1,0 +1,103 @@
+"""A recipe on the command line: an option for each field of Recipe and LoRA, in their own terms."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from vramplan.recipe.recipe import Recipe
+
+# Names and values are judged by Recipe: its errors are the same on the command line, in a recipe
+# file and in Python, and importing it for --help would cost more than the help.
+_FIELDS = (
+    click.option(
+        "--dtype", metavar="NAME", help="The weights as loaded: bf16, fp16 or fp32. [bf16]"
+    ),
+    click.option("--mixed-precision", metavar="NAME", help="Autocast: no, bf16 or fp16. [bf16]"),
+    click.option(
+        "--quantization", metavar="NAME", help="int8, nf4, fp4 (with LoRA), or none. [none]"
+    ),
+    click.option(
+        "--double-quant/--no-double-quant",
+        default=None,
+        help="Of nf4 and fp4: quantize their scales too. [yes]",
+    ),
+    click.option(
+        "--lora/--no-lora", default=None, help="Train adapters; any --lora-... implies it. [no]"
+    ),
+    click.option("--lora-rank", metavar="N", help="LoraConfig's r. [16]"),
+    click.option("--lora-alpha", type=float, help="Costs no memory. [twice the rank]"),
+    click.option("--lora-dropout", type=float, help="Above 0 it costs memory. [0.05]"),
+    click.option("--lora-targets", metavar="NAMES", help="q_proj,v_proj or so. [all-linear]"),
+    click.option("--lora-dtype", metavar="NAME", help="The adapters' own. [fp32]"),
+    click.option("--attention", metavar="NAME", help="eager, sdpa or flash_attention_2. [sdpa]"),
+    click.option(
+        "--gradient-checkpointing/--no-gradient-checkpointing",
+        default=None,
+        help="Recompute each layer in backward. [no]",
+    ),
+    click.option(
+        "--optimizer", "--optim", metavar="NAME", help="transformers' optim. [adamw_torch_fused]"
+    ),
+    click.option("--batch-size", metavar="N", help="per_device_train_batch_size. [1]"),
+    click.option("--seq-len", metavar="N", help="Tokens a sequence, such as 4096 or 4k. [2048]"),
+    click.option("--gradient-accumulation-steps", metavar="N", help="Micro-batches to a step. [1]"),
+    click.option(
+        "--allocator", metavar="NAME", help="expandable_segments or default. [expandable_segments]"
+    ),
+)
+_NONE = ("none", "no")
+_COUNTS = ("batch_size", "seq_len", "gradient_accumulation_steps", "lora_rank")
+
+
+def recipe_options(function: Any) -> Any:
+    """Decorates a command; its callback gets a keyword argument a field, None where not given."""
+    for option in reversed(_FIELDS):
+        function = option(function)
+    return function
+
+
+def recipe_of(file: str | None, given: dict[str, Any]) -> Recipe:
+    """The recipe of the file, or the default, with the options that were given."""
+    from vramplan.recipe.recipe import Recipe
+    from vramplan.units import parse_count
+
+    chosen = {name: value for name, value in given.items() if value is not None}
+    for name in _COUNTS:
+        if name in chosen:
+            chosen[name] = parse_count(chosen[name], thing=name.replace("lora_", "lora."))
+    if str(chosen.get("quantization")).lower() in _NONE:
+        chosen["quantization"] = None
+    if file is None:
+        values: dict[str, Any] = {}
+    else:
+        from vramplan.recipe.files import read_recipe
+
+        values = read_recipe(file).to_dict()
+    adapters = _adapters(chosen, values.get("lora"))
+    return Recipe.from_dict({**values, **chosen, "lora": adapters})
+
+
+def _adapters(chosen: dict[str, Any], base: dict[str, Any] | None) -> dict[str, Any] | None:
+    """LoRA's fields, taken out of `chosen`; None for full fine-tuning."""
+    wanted = chosen.pop("lora", None)
+    fields = {
+        name.removeprefix("lora_"): chosen.pop(name)
+        for name in tuple(chosen)
+        if name.startswith("lora_")
+    }
+    if "targets" in fields:
+        names = (name.strip() for name in fields.pop("targets").split(","))
+        targets = tuple(name for name in names if name)
+        fields["target_modules"] = targets[0] if len(targets) == 1 else targets
+    if wanted is False:
+        if fields:
+            from vramplan.errors import IllegalRecipe
+
+            raise IllegalRecipe("--no-lora with options of LoRA: leave one or the other out")
+        return None
+    if wanted is None and not fields and base is None:
+        return None
+    return {**(base or {}), **fields}

@@ -1,0 +1,115 @@
+"""gpt-oss: attention sinks, alternating windows, experts with biases and interleaved gates.
+
+The checkpoints' experts are MXFP4; what is described is the run with weights dequantized to the
+recipe's dtype (transformers' Mxfp4Config(dequantize=True)), as training needs.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from vramplan.models.blocks.decoder import Tensor
+from vramplan.models.blocks.moe import Mixture
+from vramplan.models.stack import Stack
+
+
+class GptOss(Mixture):
+    """models/gpt_oss/modeling_gpt_oss.py: no sdpa; its attention is eager."""
+
+    former_router: ClassVar[tuple[str, ...]] = ()
+    former_gate_up: ClassVar[tuple[str, ...]] = ()
+    former_down: ClassVar[tuple[str, ...]] = ()
+
+    def kind(self, layer: int) -> str:
+        """Both kinds allocate alike, but a mask is freed in the backward of its first layer."""
+        return "sliding" if self.slides(layer) else "full"
+
+    def prepare(self, x: Tensor) -> tuple[Tensor, ...]:
+        full, sliding = self.g.eager_mask(x), self.g.eager_mask(x)
+        return (full, sliding, *self.g.half_tables(x, self.arch.rotary_dim))
+
+    def norm(self, x: Tensor, name: str, width: int | None = None) -> Tensor:
+        """GptOssRMSNorm: the weight is applied in fp32."""
+        width = width or self.arch.hidden_size
+        weight = self.g.parameter(f"{name}.weight", width)
+        before = x.dtype
+        x = x.float()
+        variance = x.pow().mean(width)
+        x = x * (variance * 1.0).rsqrt()
+        return (weight * x).to(before)
+
+    # -- attention ----------------------------------------------------------------------------
+    def attention(self, x: Tensor, name: str) -> Tensor:
+        self.name = name
+        return super().attention(x, name)
+
+    def rotary(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        q_embed = self.rotate(q)
+        k_embed = self.rotate(k)
+        return q_embed, k_embed
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """_apply_rotary_emb: the tables are half a head wide."""
+        _, cos, sin = self.tables
+        first_half, second_half = x.split((1, 1))
+        first = (first_half * cos).minus(second_half * sin)
+        second = second_half * cos + first_half * sin
+        return self.g.dense_cat((first, second))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.eager(q, k, v)
+
+    def eager(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        arch, g = self.arch, self.g
+        groups, heads = arch.heads // arch.kv_heads, arch.heads
+        k_states = k.expand(groups)
+        v_states = v.expand(groups)
+        weights = g.scores(q, k_states, heads) * 1.0
+        weights = weights + self.mask
+        sinks = g.parameter(f"{self.name}.sinks", heads)
+        combined = g.with_sinks(weights, sinks, heads)
+        combined = g.minus_maximum(combined, heads)
+        probabilities = g.wide_softmax(combined, heads)
+        scores = g.without_sinks(probabilities, heads)
+        weights = scores.dropout(arch.dropouts.attention).to(v_states.dtype)
+        out = g.weighted(weights, v_states, heads)
+        out = out.clone()
+        return out
+
+    # -- feed-forward -------------------------------------------------------------------------
+    def mixture(self, x: Tensor, name: str) -> Tensor:
+        _logits, scores, index = self.route(x, f"{name}.router")
+        x = self.g.experts(x, index, scores, self.stack(f"{name}.experts"), self.apply_gate)
+        return x
+
+    def stack(self, name: str) -> Stack:
+        experts = self.arch.experts
+        assert experts is not None
+        return Stack(
+            name=name,
+            count=experts.count,
+            active=experts.active,
+            hidden=self.arch.hidden_size,
+            width=experts.width,
+            biased=True,
+            transposed=True,
+        )
+
+    def route(self, x: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        g, experts = self.g, self.arch.experts
+        assert experts is not None
+        logits = g.router_logits(
+            x, name, experts.count, self.arch.hidden_size, (), biased=True
+        )
+        top, index = g.topk(logits, experts.active, experts.count)
+        scores = g.plain_softmax(top)
+        return logits, scores, index
+
+    def apply_gate(self, gate_up: Tensor) -> Tensor:
+        """gate and up are clamped; (up + 1) * gate * sigmoid(gate * alpha)"""
+        g = self.g
+        gate, up = gate_up.slice(1, 2), gate_up.slice(1, 2)
+        gate = g.clamp(gate, 1)
+        up = g.clamp(up, 2)
+        glu = gate * (gate * 1.0).sigmoid()
+        return up.shift() * glu

@@ -1,0 +1,1 @@
+"""Views of an Estimate. They choose words and layout, and compute nothing."""
