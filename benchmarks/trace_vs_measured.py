@@ -1,6 +1,7 @@
 """Traced against measured, phase by phase.
 
-usage: trace_vs_measured.py MEASURED.json [--case ID ...] [--model NAME ...] [--wide]
+usage: trace_vs_measured.py MEASURED.json [--case ID ...] [--model NAME ...]
+       --models FILE.py [--allocator default]
 
 MEASURED.json is a list of runs as `tests/measured/README.md` describes them; their models'
 figures are read from `--models FILE.py` (a dict `M` of Hugging Face configs).
@@ -83,7 +84,8 @@ def show(what: str, traced: int, measured: int) -> None:
     difference = traced - measured
     percent = 100 * difference / measured if measured else 0.0
     print(
-        f"  {what:24} {traced / MIB:12.2f} {measured / MIB:12.2f} {difference:>14} {percent:+8.3f} %",
+        f"  {what:24} {traced / MIB:12.2f} {measured / MIB:12.2f}"
+        f" {difference:>14} {percent:+8.3f} %",
         flush=True,
     )
 
@@ -98,7 +100,8 @@ def main() -> None:
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     spec = importlib.util.spec_from_file_location("models", options.models)
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     for run in json.loads(Path(options.measured).read_text()):
@@ -113,4 +116,5 @@ def main() -> None:
             print(f"== {case['id']}: {traceback.format_exc()[-1500:]}")
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -7,8 +7,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from vramplan_launcher.trace import Counter, trace  # noqa: E402
-from vramplan_launcher.trace import autocast, quantized, reduction  # noqa: E402
+from vramplan_launcher.trace import Counter, autocast, quantized, reduction, trace, trace_deep  # noqa: E402  # noqa: E402
 from vramplan_launcher.trace.blocks import Blocks  # noqa: E402
 
 MIB = 2**20
@@ -149,7 +148,7 @@ def test_nf4_holds_half_a_byte_and_its_scales() -> None:
     recipe = {**SMALL, "quantization": "nf4", "lora": {"rank": 4}}
     with_double = trace(wide, recipe, steps=1)
     single = trace(wide, {**recipe, "double_quant": False}, steps=1)
-    # fp32 absmax of 64 against int8 ones with an fp32 of 256, a code of 256 fp32 and an offset;
+    # An fp32 absmax of 64 against int8 ones with an fp32 of 256, a code of 256 fp32 and an offset;
     # q and o 512 × 512, k and v 256 × 512, three of 1024 × 512.
     saved = 0
     for rows, columns in [(512, 512)] * 2 + [(256, 512)] * 2 + [(1024, 512)] * 3:
@@ -163,6 +162,25 @@ def test_nf4_holds_half_a_byte_and_its_scales() -> None:
 def test_a_weight_is_not_dequantized_for_few_rows() -> None:
     pytest.importorskip("bitsandbytes")
     processors = reduction.Processors()
-    few = quantized.uses_custom_gemm(torch.bfloat16, 4, 4096, 4096, 64, "9.0", processors)
-    many = quantized.uses_custom_gemm(torch.bfloat16, 2048, 4096, 4096, 64, "9.0", processors)
-    assert few and not many
+    few = quantized.uses_custom_gemm(torch.bfloat16, 4, (4096, 4096), 64, "9.0", processors)
+    many = quantized.uses_custom_gemm(torch.bfloat16, 2048, (4096, 4096), 64, "9.0", processors)
+    assert few
+    assert not many
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [{"gradient_checkpointing": True}, {"lora": {"rank": 4}}, {"optimizer": "adamw_torch"}],
+)
+def test_a_deep_model_is_traced_exactly_from_shallow_ones(recipe: dict[str, object]) -> None:
+    deep = {**LLAMA, "num_hidden_layers": 9}
+    every, few = trace(deep, {**SMALL, **recipe}), trace_deep(deep, {**SMALL, **recipe})
+    assert few.counter is not every.counter
+    assert few.parameters == every.parameters
+    for one, other in zip(every.phases, few.phases, strict=True):
+        assert (one.name, one.start, one.end, one.peak) == (
+            other.name,
+            other.start,
+            other.end,
+            other.peak,
+        )

@@ -65,7 +65,7 @@ def test_a_term_by_hand() -> None:
     """The feed-forward's product is saved by the linear that follows it, in all 6 layers."""
     explanation = explain(estimate(MODEL, RECIPES["full"]))
     (term,) = [t for t in explanation.terms if t.what == "Llama.mlp: mul, saved by linear"]
-    assert term.formula == "6 layers x 2 B x 688 x batch x seq"
+    assert term.formula == "6 layers x 2 B x 688 x batch x seq, in blocks of 512 B"
     assert term.figures == "6 x 2 x 688 x 2 x 300"
     assert term.bytes == 6 * (-(-2 * 688 * 2 * 300 // 512) * 512)
     assert "mul.Tensor" in term.source

@@ -26,7 +26,14 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
 }
 GEMMA = {"num_key_value_heads": 2, "head_dim": 32, "sliding_window": 16}
-GPTJ = {"vocab_size": 160, "n_embd": 64, "n_layer": 3, "n_head": 4, "rotary_dim": 8, "n_positions": 32}
+GPTJ = {
+    "vocab_size": 160,
+    "n_embd": 64,
+    "n_layer": 3,
+    "n_head": 4,
+    "rotary_dim": 8,
+    "n_positions": 32,
+}
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2}
 VARIANTS: dict[str, dict[str, Any]] = {
     "gemma": {**SIZES, **GEMMA},
@@ -111,9 +118,10 @@ def test_every_sixth_layer_of_gemma3_sees_all_tokens() -> None:
 
 def test_null_switches_a_soft_cap_off() -> None:
     config = config_of("gemma2")
-    assert architecture(config).attention_softcap and architecture(config).logit_softcap
-    off = architecture({**config, "attn_logit_softcapping": None, "final_logit_softcapping": None})
-    assert not off.attention_softcap and not off.logit_softcap
+    caps = ("attn_logit_softcapping", "final_logit_softcapping")
+    on, off = architecture(config), architecture({**config, **dict.fromkeys(caps)})
+    assert (on.attention_softcap, on.logit_softcap) == (True, True)
+    assert (off.attention_softcap, off.logit_softcap) == (False, False)
 
 
 def test_text_model_of_gemma3() -> None:

@@ -116,7 +116,8 @@ def test_windows_of_some_layers() -> None:
     assert some.sliding_window == 128
     assert some.layer_kinds == ("full", "full", "full", "sliding", "sliding")
     none = architecture({**qwen, "use_sliding_window": True, "max_window_layers": 5})
-    assert none.sliding_window is None and none.layer_kinds == ()
+    assert none.sliding_window is None
+    assert none.layer_kinds == ()
 
 
 def test_smollm3_leaves_every_fourth_layer_unrotated() -> None:

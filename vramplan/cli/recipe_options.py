@@ -68,7 +68,7 @@ def recipe_of(file: str | None, given: dict[str, Any]) -> Recipe:
     for name in _COUNTS:
         if name in chosen:
             chosen[name] = parse_count(chosen[name], thing=name.replace("lora_", "lora."))
-    if str(chosen.get("quantization")).lower() in _NONE:
+    if chosen.get("quantization", "").lower() in _NONE:
         chosen["quantization"] = None
     if file is None:
         values: dict[str, Any] = {}

@@ -25,7 +25,7 @@ class Activations(Ops):
         return x * 0.5 * (x * 1.0 * (x * 1.0 * x).shift()).tanh().shift()
 
     def gelu_python(self, x: Value) -> Value:
-        """x * 0.5 * (1.0 + erf(x / sqrt(2.0))); erf saves its input, backward is one kernel more."""
+        """x * 0.5 * (1.0 + erf(x / sqrt(2.0))); erf saves its input; a kernel more backward."""
         return x * 0.5 * self.unary(x / 1.0, temporaries=1).shift()
 
     def quick_gelu(self, x: Value) -> Value:

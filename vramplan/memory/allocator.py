@@ -29,6 +29,9 @@ reserved, NVIDIA H200 with driver 580 and torch 2.11, 742-758 MiB in 35 runs."""
 CONTEXT_INT8 = 822 * MIB
 """The same with bitsandbytes' int8 kernels and its own cuBLASLt context: 822 MiB."""
 
+WORKSPACE_LT = MIB
+"""_getWorkspaceSize: cuBLASLt's, 1024 KiB for each thread that adds a bias in a product."""
+
 SLACK_PERCENT = {"expandable_segments": 3, "default": 20}
 """Part of the peak that the allocator needs beyond it. Measured by capping the allocator: with
 expandable segments every one of nine runs ended at 1.03 x its peak, with the default allocator
@@ -47,10 +50,10 @@ def rounded(nbytes: int, allocator: str = "expandable_segments") -> int:
     return blocks
 
 
-def workspaces(compute_capability: str | None) -> int:
-    """cuBLAS workspaces that stay allocated after the first step."""
+def workspaces(compute_capability: str | None, epilogues: int = 0) -> int:
+    """cuBLAS workspaces that stay allocated after the first step; `epilogues` have cuBLASLt's."""
     hopper = compute_capability is None or compute_capability == "9.0"
-    return WORKSPACES * (WORKSPACE_HOPPER if hopper else WORKSPACE)
+    return WORKSPACES * (WORKSPACE_HOPPER if hopper else WORKSPACE) + epilogues * WORKSPACE_LT
 
 
 def slack(peak: int, allocator: str) -> int:

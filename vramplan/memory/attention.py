@@ -61,7 +61,11 @@ class Attention(Activations):
     def efficient(
         self, q: Value, k: Value, v: Value, mask: Value | None, heads: int, value_dim: int
     ) -> Value:
-        """Memory-efficient kernel (fp32, or a mask): saves q, k, v, mask, output, log-sum-exp."""
+        """Memory-efficient kernel (fp32, or a mask): saves q, k, v, mask, output, log-sum-exp.
+
+        Backward (_efficient_attention_backward): delta; of 16-bit inputs dq is accumulated in
+        fp32, for heads wider than 128 dk and dv too.
+        """
         q, k, v = self.lower(q), self.lower(k), self.lower(v)
         rows = Size(heads, 1, 1)
         dtype, sizes = q.dtype, (q.size, k.size, v.size)
@@ -74,11 +78,15 @@ class Attention(Activations):
             return out
 
         def backward(grad: Value) -> tuple[Value, ...]:
-            delta = self.new(rows, "fp32")
+            work = [self.new(rows, "fp32")]
+            if dtype != "fp32":
+                tile = 128 if 96 < value_dim <= 128 else 64
+                wide = rows.times(_round_up(value_dim, tile))
+                work += [self.new(wide, "fp32") for _ in range(3 if value_dim > 128 else 1)]
             grads = tuple(self.new(s, dtype) for s in sizes)
             for g in grads:
                 g.strided = True
-            del delta
+            del g, work
             return grads
 
         saved = lambda: (q, k, v, *([mask] if mask is not None else []))  # noqa: E731
@@ -111,14 +119,16 @@ class Attention(Activations):
         return self.matmul(weights, v.dense_heads(), Size(heads * dim, 1, 1))
 
     def safe_softmax(self, x: Value) -> Value:
-        """_safe_softmax: softmax, a mask of rows that are all -inf, and a choice; saves result."""
+        """_safe_softmax: softmax, then rows that are all -inf (found by a mask) set to 0 in place.
+
+        Saves result.
+        """
         size, dtype = x.size, x.dtype
 
         def compute() -> Value:
-            plain = self.new(size, dtype)
-            masked = self.new(size, "bool")
             out = self.new(size, dtype)
-            del plain, masked
+            masked = self.new(size, "bool")
+            del masked
             return out
 
         out = self.record((x,), lambda: (), compute, lambda grad: self.new(size, dtype))

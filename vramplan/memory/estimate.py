@@ -154,7 +154,7 @@ def estimate(
     policy = policy_of(recipe, arch)
     run = parts(arch, policy, recipe.optimizer, recipe.allocator)
     capability = card.gpu.compute_capability if card is not None and not card.nominal else None
-    workspace = allocator.workspaces(capability)
+    workspace = allocator.workspaces(capability, run.program.epilogues)
     timeline = run_timeline(
         run, recipe.batch_size, recipe.seq_len, recipe.gradient_accumulation_steps, workspace
     )

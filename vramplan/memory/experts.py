@@ -1,12 +1,12 @@
 """Mixtures of experts: routing, and all experts' products at once (`grouped_mm`).
 
-transformers 5.17 keeps a layer's experts in two 3-D parameters and, by default, dispatches to
-integrations/moe.py `grouped_mm_experts_forward` (modeling_utils.get_correct_experts_implementation):
-every token is copied once for each expert it visits and the copies are sorted by expert, so the
-rows are tokens x top-k exactly, whatever the router answers. How they fall to the experts decides
-nothing here: the kernels take one buffer for all experts (bf16 on sm_90) or one product after the
-other into the same buffer (_grouped_mm_fallback: fp32, fp16, earlier cards). What is assumed is
-that no expert-parallel sentinel is routed to.
+transformers 5.17 keeps a layer's experts in two 3-D parameters and, unless told otherwise, runs
+`grouped_mm_experts_forward` of integrations/moe.py (modeling_utils.py,
+get_correct_experts_implementation): every token is copied once for each expert it visits and the
+copies are sorted by expert, so the rows are tokens x top-k exactly, whatever the router answers.
+How they fall to the experts decides nothing here: the kernels take one buffer for all experts (bf16
+on sm_90) or one product after the other into the same buffer (_grouped_mm_fallback: fp32, fp16,
+earlier cards). What is assumed is that no expert-parallel sentinel is routed to.
 
 Experts are no nn.Linear: bitsandbytes leaves them alone, and prepare_model_for_kbit_training then
 upcasts them to fp32. torch's grouped_mm is on none of autocast's lists: it computes in the
@@ -72,7 +72,7 @@ class Experts(Latent):
         return weight + delta
 
     def topk(self, x: Value, k: int, width: int) -> tuple[Value, Value]:
-        """topk: saves indices; backward scatters into zeros (value_selecting_reduction_backward)."""
+        """topk: saves indices; value_selecting_reduction_backward scatters into zeros."""
         size, dtype = x.size, x.dtype
         chosen = size.per(width).times(k)
         indices: list[Value] = []
@@ -98,7 +98,7 @@ class Experts(Latent):
         )
 
     def total(self, x: Value, count: int) -> Value:
-        """sum over a dimension of `count` (fp32 under autocast); backward expands, without a copy."""
+        """sum over `count` numbers (fp32 under autocast); backward expands, without a copy."""
         size, dtype = x.size, "fp32" if self.autocast else x.dtype
 
         def backward(grad: Value) -> Value:

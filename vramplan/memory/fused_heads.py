@@ -7,11 +7,14 @@ attention.cpp (_scaled_dot_product_attention_math), LinearAlgebra.cpp (matmul) o
 from __future__ import annotations
 
 from vramplan.memory.attention import Attention
+from vramplan.memory.precision import Policy
 from vramplan.memory.tape import Size, Value
 
 
 class FusedHeads(Attention):
     """Rules for what BLOOM and Falcon do with heads."""
+
+    policy: Policy
 
     def behind(self, x: Value) -> Value:
         """transpose(1, 2): heads before tokens in shape, behind them in memory."""
@@ -129,14 +132,17 @@ class FusedHeads(Attention):
         """_scaled_dot_product_attention_math in fp32 with one key and value for all heads."""
         before = self.autocast or q.dtype
         mask = self.additive(mask, q)
-        q, k, v = (self.float(self.lower(x)) for x in (q, k, v))
+        lowered = [self.lower(x) for x in (q, k, v)]
+        accurate = [self.float(x) for x in lowered]
         autocast, self.autocast = self.autocast, None
-        q = q * 1.0
-        k = self.broadcast(self.dense_heads(k * 1.0), heads)
-        weights = self.matmul(self.dense_heads(q), k, Size(heads, 1, 2))
-        del mask
+        query = accurate[0] * 1.0
+        weights = self.matmul(
+            self.dense_heads(query),
+            self.broadcast(self.dense_heads(accurate[1] * 1.0), heads),
+            Size(heads, 1, 2),
+        )
         weights = self.safe_softmax(weights)
-        out = self.matmul(weights, self.broadcast(v, heads), Size(heads * dim, 1, 1))
+        out = self.matmul(weights, self.broadcast(accurate[2], heads), Size(heads * dim, 1, 1))
         out = self.to(out, before)
         self.autocast = autocast
         return out

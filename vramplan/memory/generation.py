@@ -100,8 +100,8 @@ class Decoding(Prefill):
 
     def fill(self, dtype: str) -> None:
         """What earlier steps left, of every layer."""
-        for self.layer in range(self.arch.layers):
-            window = self.window if slides(self.arch, self.layer) else None
+        for i in range(self.arch.layers):
+            window = self.window if slides(self.arch, i) else None
             layer = []
             for width in cache_widths(self.arch):
                 size = Size(width, 1, 1) if window is None else Size(width * window, 1, 0)
@@ -203,8 +203,9 @@ def _record(g: Prefill, arch: Architecture) -> Recording:
     g.mark("forward", "next token")
     scores = g.new(logits.size, "fp32", "logits")
     g.mark("end", "end")
+    events = g.events[: g.marks[-1].start]
     recording = Recording(
-        tuple(g.marks), g.events[: g.marks[-1].start], list(g.sizes), list(g.categories)
+        tuple(g.marks), events, list(g.sizes), list(g.categories), len(g.epilogues)
     )
     del scores, logits
     return recording
@@ -221,7 +222,7 @@ def _hook(model: Any, g: Prefill) -> None:
         return result
 
     def cached(*args: Any) -> Any:
-        key, value = args[-2:] if name == "expand_kv" else args[1:3]
+        key, value = args[:2] if name == "expand_kv" else args[1:3]
         g.update(key, value)
         del key, value
         return use(*args)

@@ -7,9 +7,18 @@ nn/modules.py, backends/cuda/ops.py; transformers 5.17 loss/loss_utils.py.
 
 from __future__ import annotations
 
+from vramplan.memory import outliers
 from vramplan.memory.fused_heads import FusedHeads
 from vramplan.memory.precision import Policy
-from vramplan.memory.tape import LEAF_ORDER, Node, Parameter, Size, Value
+from vramplan.memory.tape import (
+    ITEMSIZE,
+    LEAF_ORDER,
+    Node,
+    Parameter,
+    Size,
+    Storage,
+    Value,
+)
 
 FLASH_MAX_HEAD = 256  # sdp_utils.cpp, check_head_dim_size_flash
 ABSMAX_BLOCK = 64  # 4-bit weights share an absmax in blocks of 64 (bitsandbytes' default)
@@ -136,6 +145,7 @@ class Graph(FusedHeads):
         before = x.dtype
         x = self.to(x, self.policy.compute_dtype)
         if bias is not None:
+            self.epilogues.add(self.recomputing)
             bias = self.to(bias, self.policy.compute_dtype)
         size, dtype = x.size, x.dtype
 
@@ -168,19 +178,24 @@ class Graph(FusedHeads):
         """bitsandbytes MatMul8bitLt: keeps its input on ctx, out of checkpointing's reach."""
         size, dtype = x.size, x.dtype
         rows = size.per(n_in)
+        kept: list[Storage | None] = [x.storage]
 
         def compute() -> Value:
             half = self.new(size, "fp16") if dtype != "fp16" else None
             quantized, scales = self.new(size, "int8"), self.new(rows, "fp32")
             absolute = self.new(size, "fp16")
-            outliers = self.new(size, "bool")
+            large = self.new(size, "bool")
             del absolute
-            del outliers, half
+            del large, half
+            columns = self.outlier_columns(x, n_in, n_out, kept) if x.tail else None
             accumulated = self.new(rows.times(n_out), "int32")
             out = self.new(rows.times(n_out), "fp16")
             if dtype != "fp16":
                 out = self.new(rows.times(n_out), dtype)
-            del accumulated, quantized, scales
+            del accumulated
+            if columns is not None:
+                out = self.new(rows.times(n_out), dtype)  # output.addmm(subA, subB)
+            del quantized, scales, columns
             return out
 
         def backward(grad: Value) -> tuple[Value | None, ...]:
@@ -192,7 +207,24 @@ class Graph(FusedHeads):
             return (out,)
 
         inputs = (x,) if bias is None else (x, bias)
-        return self.record(inputs, lambda: (), compute, backward, context=lambda: x.storage)
+        return self.record(inputs, lambda: (), compute, backward, context=lambda: kept)
+
+    def outlier_columns(
+        self, x: Value, n_in: int, n_out: int, kept: list[Storage | None]
+    ) -> Storage:
+        """int8_mixed_scaled_mm: the input's outlier columns are kept, the weight's dequantized."""
+        itemsize = ITEMSIZE[x.dtype]
+        kept.append(self.allocate((x.size.count * itemsize, x.tail, outliers.ROWS)))
+        packed = self.allocate((n_in * n_out, x.tail, outliers.COLUMNS))
+        scaled = self.allocate((n_in * n_out * 4, x.tail, outliers.COLUMNS))
+        weight = self.allocate((n_in * n_out * 4, x.tail, outliers.COLUMNS))
+        del packed, scaled
+        return weight
+
+    def tailed(self, x: Value, deviation: float) -> Value:
+        """Mark a gated product, whose factors have that standard deviation (outliers.py)."""
+        x.tail = int(deviation * outliers.MICRO)
+        return x
 
     # -- what descriptions call for -----------------------------------------------------------
     def activation(self, x: Value, name: str) -> Value:

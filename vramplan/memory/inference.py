@@ -227,6 +227,8 @@ def estimate_inference(
     weights = layout(arch, policy, ALLOCATOR)
     capability = card.gpu.compute_capability if card is not None and not card.nominal else None
     workspace = allocator.workspaces(capability) * THREADS // allocator.WORKSPACES
+    epilogues = prefill_program(_without_dropout(arch), policy).epilogues
+    workspace += epilogues * allocator.WORKSPACE_LT
     prefill, decode = _stages(arch, policy, batch_size, context, prompt, weights.loaded + workspace)
     return InferenceEstimate(
         id=name,

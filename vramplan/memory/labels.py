@@ -8,11 +8,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from types import FunctionType
 from typing import Any
 
 from vramplan.memory import record as recording
-from vramplan.memory.graph import Graph
 from vramplan.memory.precision import Policy
 from vramplan.memory.record import Mark, Recorder, Recording
 from vramplan.memory.tape import ITEMSIZE, Size, Storage, Tape, Value
@@ -52,7 +52,7 @@ class Labelled:
     def sections(self) -> list[tuple[Mark, list[int]]]:
         """Every section with its events."""
         marks, events = self.recording.marks, self.recording.events
-        pairs = zip(marks, marks[1:], strict=False)
+        pairs = pairwise(marks)
         return [(mark, events[mark.start : following.start]) for mark, following in pairs]
 
 
@@ -78,14 +78,6 @@ class LabellingRecorder(Recorder):
         self.labels[len(self.sizes)] = self.whence()
         self.itemsizes[len(self.sizes)] = ITEMSIZE[dtype]
         return super().new(size, dtype, category)
-
-    def sum_to(self, grad: Value, size: Size) -> Value:
-        """Its buffer is born without `new`."""
-        out = super().sum_to(grad, size)
-        for index in range(len(self.labels), len(self.sizes)):
-            self.labels[index] = replace(self.node, when="summed")
-            self.itemsizes[index] = 1
-        return out
 
     def record(
         self,
@@ -158,6 +150,9 @@ def labelled_step(arch: Architecture, policy: Policy) -> Labelled:
     description = family(arch.family)
     g = LabellingRecorder(policy, description)
     recorded = _record(g, description(arch, g))
+    for index in range(len(recorded.sizes)):  # a reduction's buffer is born without `new`
+        g.labels.setdefault(index, Label(when="summed"))
+        g.itemsizes.setdefault(index, 1)
     savers = {index: tuple(rules) for index, rules in g.savers.items()}
     return Labelled(recorded, g.labels, g.itemsizes, savers)
 
@@ -170,7 +165,8 @@ def _record(g: Recorder, model: Any) -> Recording:
     g.begin_backward()
     g.backward(loss)
     g.mark("end", "end")
-    return Recording(tuple(g.marks), g.events[: g.marks[-1].start], g.sizes, g.categories)
+    events = g.events[: g.marks[-1].start]
+    return Recording(tuple(g.marks), events, g.sizes, g.categories, len(g.epilogues))
 
 
 def _source(rules: list[FunctionType]) -> str:
@@ -180,8 +176,8 @@ def _source(rules: list[FunctionType]) -> str:
 
 
 def _rule_classes() -> tuple[type, ...]:
-    """Graph and what it is made of, down to Tape, whose methods are no rules."""
-    return Graph.__mro__[: Graph.__mro__.index(Tape)]
+    """What Recorder is made of, down to Tape, whose methods are no rules."""
+    return Recorder.__mro__[1 : Recorder.__mro__.index(Tape)]
 
 
 def _functions(classes: Iterable[type]) -> Iterable[tuple[str, FunctionType]]:

@@ -6,6 +6,7 @@ from collections import Counter
 
 from vramplan.memory.labels import Label, Labelled
 from vramplan.memory.program import Point, Program, _powers
+from vramplan.memory import outliers
 from vramplan.memory.reduction import REDUCTION
 from vramplan.memory.terms import Term
 
@@ -16,7 +17,7 @@ MADE = {
     "recomputed": "{rule}, recomputed",
     "backward": "gradient of {rule}",
     "added": "sum of gradients of {rule}",
-    "summed": "buffer of a sum over tokens, {rule}",
+    "summed": "buffer of a sum over tokens",
 }
 
 
@@ -32,7 +33,10 @@ def live_terms(
     """The storages that live at the peak of section `index`, equal ones of one origin together."""
     table = dict(zip(program.classes, program.sizes(_powers(batch, seq)), strict=True))
     recording = labelled.recording
-    sizes = [table[(*s, c)] for s, c in zip(recording.sizes, recording.categories, strict=True)]
+    sizes = [
+        table[(s[0], s[1], s[2], c)]
+        for s, c in zip(recording.sizes, recording.categories, strict=True)
+    ]
     counts = _counts(labelled, sizes, index, point)
     groups: Counter[Key] = Counter()
     sections = _sections(labelled)
@@ -73,6 +77,10 @@ def _term(key: Key, count: int, layers: int, batch: int, seq: int) -> Term:
     if j == REDUCTION:
         formula = f"{number}bytes for {size} outputs, {i} x batch x seq rows"
         figures = f"{count} x {each}"
+    elif j < 0:
+        tokens = " x batch x seq" if j == outliers.ROWS else ""
+        formula = f"{number}{size} B{tokens} x the share of outlier columns"
+        figures = f"{count} x {each}, a share of {outliers.share(i, batch * seq):.4f}"
     else:
         symbols = "".join([" x batch"] * i + [" x seq"] * j)
         blocks = "" if size * batch**i * seq**j == each else ", in blocks of 512 B"

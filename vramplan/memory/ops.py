@@ -304,6 +304,8 @@ class Ops(Elementwise):
         accumulated into in place; the bias' is the incoming one, summed by the engine.
         """
         x, weight = self.lower(x), self.lower(weight)
+        if bias is not None:
+            self.epilogues.add(self.recomputing)
         inputs = (x, weight) if bias is None else (x, weight, self.lower(bias))
         need = tuple(v.requires_grad for v in inputs)
         sizes = (x.size, weight.size)
@@ -311,7 +313,9 @@ class Ops(Elementwise):
         size = x.size.per(n_in).times(n_out)
 
         def backward(grad: Value) -> tuple[Value | None, ...]:
-            grads = [self.new(s, dtype) if n else None for s, n in zip(sizes, need[:2], strict=True)]
+            grads = [
+                self.new(s, dtype) if n else None for s, n in zip(sizes, need[:2], strict=True)
+            ]
             for g in grads:
                 if g is not None:
                     g.view = True

@@ -63,5 +63,5 @@ def policy_of(recipe: Recipe, arch: Architecture) -> Policy:
         checkpointing=recipe.gradient_checkpointing,
         single_sequence=recipe.batch_size == 1,
         accumulating=recipe.gradient_accumulation_steps > 1,
-        beyond_window=arch.sliding_window is not None and recipe.seq_len > arch.sliding_window,
+        beyond_window=arch.sliding_window is not None and recipe.seq_len >= arch.sliding_window,
     )

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from operator import ge, mul
 
+from vramplan.memory import outliers
 from vramplan.memory.precision import Policy
 from vramplan.memory.record import Mark, Recording, record_step
 from vramplan.memory.reduction import REDUCTION, buffer_bytes
@@ -85,15 +86,21 @@ class Program:
 
     sections: tuple[Section, ...]
     classes: tuple[Key, ...]
+    epilogues: int = 0
+    """Threads that keep a cuBLASLt workspace."""
 
     def sizes(self, powers: Sequence[int]) -> list[int]:
         """Bytes of each class as the allocator hands them out, in blocks of 512."""
-        tokens = powers[POSITION[1, 1]]
-        requests = (
-            buffer_bytes(n, i * tokens) if j == REDUCTION else n * powers[POSITION[i, j]]
+        return [
+            (
+                (n * powers[POSITION[i, j]] if j >= 0 else reckoned(n, i, j, powers))
+                + CUDA_BLOCK
+                - 1
+            )
+            // CUDA_BLOCK
+            * CUDA_BLOCK
             for n, i, j, _ in self.classes
-        )
-        return [(n + CUDA_BLOCK - 1) // CUDA_BLOCK * CUDA_BLOCK for n in requests]
+        ]
 
     def walk(self, batch: int, seq: int) -> list[Point]:
         """The sections in order, with bytes relative to the start of the step."""
@@ -128,6 +135,14 @@ class Program:
             out[self.classes[c][3]] += times * n * sizes[c]
 
 
+def reckoned(n: int, i: int, kind: int, powers: Sequence[int]) -> int:
+    """Bytes of a storage whose size is no monomial: a reduction's buffer, outlier columns."""
+    tokens = powers[POSITION[1, 1]]
+    if kind == REDUCTION:
+        return buffer_bytes(n, i * tokens)
+    return outliers.nbytes(n, i, kind, tokens)
+
+
 def _powers(batch: int, seq: int) -> tuple[int, ...]:
     return tuple(batch**i * seq**j for i, j in MONOMIALS)
 
@@ -151,7 +166,7 @@ def reduce_recording(recording: Recording) -> Program:
     for mark, following in zip(recording.marks, recording.marks[1:], strict=False):
         events = recording.events[mark.start : following.start]
         sections.append(_reduce(mark, events, classes, keys, weight if mark.gathers else {}))
-    return Program(tuple(sections), keys)
+    return Program(tuple(sections), keys, recording.epilogues)
 
 
 def _birth_repeats(recording: Recording) -> dict[int, int]:
@@ -188,6 +203,9 @@ def _reduce(
         n, i, j, _ = keys[classes[event]]
         if j == REDUCTION:
             buffer = classes[event] if sign > 0 else -1
+        elif j < 0:
+            typical = n * outliers.share(i, outliers.TYPICAL_TOKENS)
+            live[POSITION[(1, 1) if j == outliers.ROWS else (0, 0)]] += sign * int(typical)
         else:
             live[POSITION[i, j]] += sign * n
     if rising:

@@ -37,6 +37,8 @@ class Recording:
     events: list[int]
     sizes: list[tuple[int, int, int]]
     categories: list[str]
+    epilogues: int = 0
+    """Threads that added a bias in a product (cuBLASLt): forward's, and autograd's recomputing."""
 
 
 class Recorder(Experts):
@@ -76,7 +78,8 @@ def record_step(arch: Architecture, policy: Policy) -> Recording:
     g.begin_backward()
     g.backward(loss)
     g.mark("end", "end")
-    return Recording(tuple(g.marks), g.events[: g.marks[-1].start], g.sizes, g.categories)
+    events = g.events[: g.marks[-1].start]
+    return Recording(tuple(g.marks), events, g.sizes, g.categories, len(g.epilogues))
 
 
 def _compute_loss(g: Recorder, model: Any) -> Value:
@@ -100,7 +103,7 @@ def _forward(g: Recorder, model: Any) -> tuple[Value, Value]:
 
 
 def _hidden_states(g: Recorder, model: Any) -> Value:
-    x = model.embed()
+    x: Value = model.embed()
     tables = model.prepare(x)
     for layers, repeats in layers_to_run([model.kind(i) for i in range(model.arch.layers)]):
         g.mark("forward", _name(layers), repeats)

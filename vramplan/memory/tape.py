@@ -77,7 +77,10 @@ class Parameter:
 class Value:
     """A tensor: `storage` is None for what lives outside the tape (weights and buffers)."""
 
-    __slots__ = ("dtype", "node", "parameter", "size", "slot", "storage", "strided", "tape", "view")
+    __slots__ = (
+        *("dtype", "node", "parameter", "size", "slot", "storage", "strided", "tail", "tape"),
+        "view",
+    )
 
     def __init__(
         self,
@@ -92,6 +95,7 @@ class Value:
         self.tape, self.storage, self.size, self.dtype = tape, storage, size, dtype
         self.node, self.slot, self.view = node, slot, view
         self.strided = False  # heads before tokens in shape, tokens before heads in memory
+        self.tail = 0  # deviation of a gated product's factors (outliers.py), in millionths
         self.parameter: Parameter | None = None
 
     @property
@@ -220,6 +224,7 @@ class Tape:
         self.grad_enabled = True
         self.autocast: str | None = None
         self.casts: list[Parameter] = []
+        self.epilogues: set[bool] = set()  # threads that ran addmm: forward's, a recomputation's
 
     @property
     def recomputing(self) -> bool:
@@ -228,10 +233,16 @@ class Tape:
 
     # -- storages -----------------------------------------------------------------------------
     def new(self, size: Size, dtype: str, category: str | None = None) -> Value:
+        """A fresh tensor."""
+        nbytes = (size.count * ITEMSIZE[dtype], size.batch, size.seq)
+        return Value(self, self.allocate(nbytes, category), size, dtype)
+
+    def allocate(self, size: tuple[int, int, int], category: str | None = None) -> Storage:
+        """A storage of bytes x batch^i x seq^j, or of a size that is reckoned when evaluated."""
         storage = Storage(self, len(self.sizes))
-        self.sizes.append((size.count * ITEMSIZE[dtype], size.batch, size.seq))
+        self.sizes.append(size)
         self.categories.append(category or self.category)
-        return Value(self, storage, size, dtype)
+        return storage
 
     def leaf(self, parameter: Parameter) -> Value:
         """A parameter as a value; all its uses share one AccumulateGrad."""
@@ -372,10 +383,8 @@ class Tape:
         out = self.new(size, grad.dtype)
         per_token, rest = divmod(grad.size.count, size.count)
         if grad.size[1:] == (1, 1) and size[1:] == (0, 0) and not rest:
-            storage = Storage(self, len(self.sizes))
-            self.sizes.append((size.count, per_token, REDUCTION))
-            self.categories.append("temporary")
-            del storage
+            buffer = self.allocate((size.count, per_token, REDUCTION), "temporary")
+            del buffer
         return out
 
     def _deliver(self, node: Node, slot: int, grad: Value | None, queue: list[Node]) -> None:

@@ -15,7 +15,6 @@ from vramplan.memory.tape import ITEMSIZE
 from vramplan.memory.timeline import INPUT_TENSORS, TOKEN
 from vramplan.models.tensors import Tensor, inventory
 from vramplan.recipe.optimizers import Optimizer, find_optimizer
-from vramplan.units import format_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,12 +55,11 @@ def resident(e: Estimate) -> Iterator[Term]:
     if e.policy.rank is not None:
         yield from _of_trained(e, "parameter", "adapter", "peft 0.21 tuners/lora/layer.py")
     yield from _optimizer_states(e)
-    each = e.workspace // allocator.WORKSPACES
     yield Term(
         category="workspace",
         what="cuBLAS workspaces",
-        formula="handles x bytes",
-        figures=f"{allocator.WORKSPACES} x {format_bytes(each)}",
+        formula="a workspace for each thread's handle",
+        figures=f"{e.workspace} B",
         bytes=e.workspace,
         source="aten/src/ATen/cuda/CUDABlas.cpp, getChosenWorkspaceSize",
     )

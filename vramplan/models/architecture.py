@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import sqrt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,8 +98,15 @@ class Architecture:
     dropouts: Dropouts = field(default_factory=Dropouts)
     experts: Experts | None = None
     latent: LatentAttention | None = None
+    initializer_range: float = 0.02
+    """Standard deviation of freshly initialised weights; int8's outliers are reckoned from it."""
     extra: tuple[tuple[str, int], ...] = ()
     """Further figures of one family, by name."""
+
+    @property
+    def deviation(self) -> float:
+        """Of the outputs of a freshly initialised linear on normalized inputs."""
+        return self.initializer_range * sqrt(self.hidden_size)
 
     def figure(self, name: str, default: int = 0) -> int:
         """A figure of `extra`."""

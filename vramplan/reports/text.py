@@ -20,9 +20,7 @@ BLOCKS = " ▏▎▍▌▋▊▉█"
 """By eighths."""
 _BAR = 30
 _ROW = 52
-"""Columns of a change's figures; its flags follow."""
-_FLAGS = 28
-"""Columns of "--optimizer paged_adamw_8bit"."""
+"""Columns of a change's figures; its flags follow: 28 hold "--optimizer paged_adamw_8bit"."""
 _PHASES = {
     "load": "load weights",
     "prepare": "prepare",
@@ -119,7 +117,8 @@ def _subject(needed: Estimate, look: Look) -> Iterator[str]:
 def _method(recipe: Recipe) -> str:
     if recipe.lora is None:
         return "full fine-tuning"
-    return f"{'LoRA' if recipe.quantization is None else 'QLoRA'} ({_lora(recipe.lora)})"
+    four_bit = recipe.quantization in ("nf4", "fp4")
+    return f"{'QLoRA' if four_bit else 'LoRA'} ({_lora(recipe.lora)})"
 
 
 def _lora(lora: LoRA) -> str:
@@ -245,33 +244,34 @@ def _changes(needed: Estimate, changes: Sequence[Change], look: Look) -> Iterato
         row = f"  {name:<23}{format_bytes(change.required):>10}{format_bytes(change.saving):>10}"
         if change.fits is not None:
             row += look.paint(f"{'yes' if change.fits else 'no':>5}", _verdict(change.fits))
-        if look.width < _ROW + _FLAGS:
-            yield row
-            yield from (f"      {line}" for line in _flags(change.flags, look.width - 6))
-            continue
-        first, *more = _flags(change.flags, look.width - _ROW)
-        yield f"{row:<{_ROW}}{first}" if change.fits is None else f"{row}  {first}"
-        yield from (" " * _ROW + line for line in more)
+        row = f"{row}{'':7}" if change.fits is None else f"{row}  "
+        pairs = _pairs(change.flags)
+        if all(len(pair) <= look.width - _ROW for pair in pairs):
+            first, *more = _filled(pairs, look.width - _ROW)
+            yield row + first
+            yield from (" " * _ROW + line for line in more)
+        else:
+            yield row.rstrip()
+            yield from (f"      {line}" for line in _filled(pairs, look.width - 6))
     if any(change.alters_training for change in changes):
         yield "  * changes what is learned"
     if managed := max((change.managed for change in changes), default=0):
-        yield f"  + up to {format_bytes(managed)} of paged states, in host memory where need be"
+        yield f"  + pages up to {format_bytes(managed)} of states to host memory"
 
 
-def _flags(flags: Iterable[str], columns: int) -> list[str]:
-    """An option and its value stay on one line, if there is any room for them."""
+def _filled(pieces: Iterable[str], columns: int) -> list[str]:
+    """Lines of as many pieces as have room."""
     lines: list[str] = []
-    for pair in _pairs(flags):
-        if lines and len(lines[-1]) + 1 + len(pair) <= columns:
-            lines[-1] += f" {pair}"
-        elif len(pair) <= columns:
-            lines.append(pair)
+    for piece in pieces:
+        if lines and len(lines[-1]) + 1 + len(piece) <= columns:
+            lines[-1] += f" {piece}"
         else:
-            lines += pair.split(" ")
-    return lines or [""]
+            lines.append(piece)
+    return lines
 
 
 def _pairs(flags: Iterable[str]) -> list[str]:
+    """Options with their values."""
     pairs: list[str] = []
     for flag in flags:
         if flag.startswith("--") or not pairs:

@@ -17,7 +17,8 @@ def group(storages: list[Any], least: int = 0) -> list[tuple[int, int, str]]:
     count: Tally[str] = Tally()
     for s in storages:
         parts = ["*" if part.isdigit() else part for part in s.module.split(".")]
-        kind = f"{s.category:10} {s.phase:12} {s.dtype:9} {list(s.shape)!s:26} {s.op}  @{'.'.join(parts)}"
+        kind = f"{s.category:10} {s.phase:12} {s.dtype:9} {list(s.shape)!s:26} {s.op}"
+        kind += "  @" + ".".join(parts)
         size[kind] += s.size
         count[kind] += 1
     rows = [(size[k], count[k], k) for k in size if size[k] >= least]
@@ -73,9 +74,8 @@ def main() -> None:
         with open(options.events, "w") as out:
             for e in result.counter.events or []:
                 s = e.storage
-                out.write(
-                    f"{e.delta:+15d} {e.live:15d} {s.phase} {s.dtype} {list(s.shape)} {s.op} @{s.module}\n"
-                )
+                what = f"{s.phase} {s.dtype} {list(s.shape)} {s.op} @{s.module}"
+                out.write(f"{e.delta:+15d} {e.live:15d} {what}\n")
     if options.json:
         phases = [
             {
@@ -97,4 +97,5 @@ def main() -> None:
         Path(options.json).write_text(json.dumps(document, indent=1))
 
 
-main()
+if __name__ == "__main__":
+    main()

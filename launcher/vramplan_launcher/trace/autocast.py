@@ -36,10 +36,21 @@ PROMOTE = ("addcdiv", "addcmul", "atan2", "cross", "dot", "index_put", "tensordo
 LOWER = ("einsum", "addmv", "addr", "mv", "chain_matmul", "linalg_multi_dot")
 # fmt: on
 NOT_MODELLED = (
-    "convolution", "_thnn", "lstm", "gru", "rnn", "upsample", "frobenius", "nuclear", "matrix_norm",
-    "norm.Scalar", "pdist", "bilinear", "vdot",
+    "convolution",
+    "_thnn",
+    "lstm",
+    "gru",
+    "rnn",
+    "upsample",
+    "frobenius",
+    "nuclear",
+    "matrix_norm",
+    "norm.Scalar",
+    "pdist",
+    "bilinear",
+    "vdot",
 )  # fmt: skip
-"""Parts of names on CUDA's lists that no decoder uses; a test holds that nothing else is missing."""
+"""Parts of names on CUDA's lists that no decoder uses; a test holds that no other is missing."""
 
 
 def _overload(name: str) -> Any:

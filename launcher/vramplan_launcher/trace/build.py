@@ -1,8 +1,9 @@
-"""Builds the real model on fake tensors: transformers' class, peft's adapters, torch's optimizer."""
+"""The real model on fake tensors: transformers' class, peft's adapters, torch's optimizer."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -76,7 +77,9 @@ def materialize(model: nn.Module, dtype: torch.dtype) -> None:
         return seen[id(value)]
 
     quantizes = quantized.installed()
-    names = sorted((n for n, _ in model.named_parameters(remove_duplicate=False)), key=dot_natural_key)
+    names = sorted(
+        (n for n, _ in model.named_parameters(remove_duplicate=False)), key=dot_natural_key
+    )
     for full in names:
         owner, _, name = full.rpartition(".")
         module = modules[owner]
@@ -166,7 +169,7 @@ def add_lora(model: nn.Module, recipe: dict[str, Any]) -> nn.Module:
         )
 
 
-def accepts_loss_kwargs(model: nn.Module) -> bool:
+def accepts_loss_kwargs(model: Any) -> bool:
     """As `Trainer.__init__` finds it: whether forward takes `num_items_in_batch`."""
     inner = model
     if hasattr(model, "get_base_model"):
@@ -177,7 +180,7 @@ def accepts_loss_kwargs(model: nn.Module) -> bool:
     return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
 
 
-def make_optimizer(model: nn.Module, recipe: dict[str, Any]) -> torch.optim.Optimizer:
+def make_optimizer(model: Any, recipe: dict[str, Any]) -> torch.optim.Optimizer:
     """The optimizer that `Trainer.create_optimizer` makes, with CUDA's default of foreach."""
     import tempfile
 
@@ -200,7 +203,7 @@ def make_optimizer(model: nn.Module, recipe: dict[str, Any]) -> torch.optim.Opti
         kwargs = {**kwargs, "foreach": True}
     optimizer = cls(groups, **kwargs)
     if "bitsandbytes" in str(cls) and kwargs.get("optim_bits") == 8:
-        import bitsandbytes
+        bitsandbytes: Any = importlib.import_module("bitsandbytes")
 
         manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
         for module in model.modules():

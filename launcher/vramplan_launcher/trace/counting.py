@@ -11,6 +11,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -141,7 +142,7 @@ class Counter(TorchDispatchMode):
             return
         if self._outside:
             self._elsewhere.add(key)
-            self.refs[key] = weakref.ref(storage, lambda _, key=key: self._elsewhere.discard(key))
+            self.refs[key] = weakref.ref(storage, partial(self._gone_elsewhere, key))
             return
         nbytes = storage.nbytes()
         size = rounded(nbytes)
@@ -160,7 +161,7 @@ class Counter(TorchDispatchMode):
         )
         self._place(record)
         self.storages[key] = record
-        self.refs[key] = weakref.ref(storage, lambda _, key=key: self._free(key))
+        self.refs[key] = weakref.ref(storage, partial(self._free, key))
         self._count(record.size, record)
 
     def _place(self, record: Storage) -> None:
@@ -169,7 +170,11 @@ class Counter(TorchDispatchMode):
             record.block = self.blocks.take(record.size)
             record.size = record.block.size
 
-    def _free(self, key: int) -> None:
+    def _gone_elsewhere(self, key: int, _: Any = None) -> None:
+        self._elsewhere.discard(key)
+        self.refs.pop(key, None)
+
+    def _free(self, key: int, _: Any = None) -> None:
         record = self.storages.pop(key, None)
         self.refs.pop(key, None)
         if record is not None:

@@ -159,8 +159,8 @@ def _round_up(value: int, multiple: int) -> int:
 
 
 def _flash_backward(func: Any, args: tuple[Any, ...], kwargs: Any, out: Any) -> int:
-    """`mha_bwd` (flash_attn/flash_api.cpp): dq in fp32, softmax_d, and dk, dv for every query head."""
-    _, q, k, v = args[:4]
+    """`mha_bwd` (flash_attn/flash_api.cpp): dq in fp32, softmax_d; dk, dv for every query head."""
+    _, q, k, _v = args[:4]
     batch, heads, rows, width = q.shape
     rows = _round_up(rows, 128)
     wide = _round_up(width, 32 if width <= 128 else 64)
@@ -171,7 +171,7 @@ def _flash_backward(func: Any, args: tuple[Any, ...], kwargs: Any, out: Any) -> 
 
 
 def _embedding_backward(func: Any, args: tuple[Any, ...], kwargs: Any, out: Any) -> int:
-    """`embedding_backward_cuda_kernel` (EmbeddingBackwardKernel.cu): sorted and original indices."""
+    """`embedding_backward_cuda_kernel` (EmbeddingBackwardKernel.cu): the indices, sorted."""
     indices = args[1]
     return 2 * indices.numel() * 8
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 import ast
 import contextlib
 import functools
+import importlib
 import importlib.util
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ from torch import nn
 from vramplan_launcher.trace.reduction import Processors
 
 
-def replace_linears(model: nn.Module, recipe: dict[str, Any], compute: torch.dtype) -> None:
+def replace_linears(model: Any, recipe: dict[str, Any], compute: torch.dtype) -> None:
     """Puts bitsandbytes' modules in, as transformers' quantizers do before weights load."""
     from transformers import BitsAndBytesConfig
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
@@ -46,16 +47,16 @@ def replace_linears(model: nn.Module, recipe: dict[str, Any], compute: torch.dty
     model.is_quantized = True
 
 
-def is_quantized_linear(module: nn.Module) -> bool:
+def is_quantized_linear(module: Any) -> bool:
     """Whether bitsandbytes holds this module's weight."""
-    import bitsandbytes as bnb
+    bnb: Any = importlib.import_module("bitsandbytes")
 
     return isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt))
 
 
-def load_weight(module: nn.Module, dtype: torch.dtype) -> None:
+def load_weight(module: Any, dtype: torch.dtype) -> None:
     """One weight arrives in `dtype` on the device and is quantized there."""
-    import bitsandbytes as bnb
+    bnb: Any = importlib.import_module("bitsandbytes")
 
     old = module.weight
     value = torch.empty(tuple(old.shape), dtype=dtype)
@@ -86,24 +87,33 @@ def cuda_backend(counter: Any) -> Iterator[None]:
     if not installed():
         yield
         return
-    import bitsandbytes as bnb
+    bnb: Any = importlib.import_module("bitsandbytes")
     from bitsandbytes import functional
     from bitsandbytes.autograd import _functions
     from bitsandbytes.optim import optimizer
 
-    def matmul(A: Any, B: Any, out: Any = None, state: Any = None, threshold: float = 0.0, bias: Any = None) -> Any:
+    def matmul(
+        rows: Any,
+        weight: Any,
+        out: Any = None,
+        state: Any = None,
+        threshold: float = 0.0,
+        bias: Any = None,
+    ) -> Any:
         state = state or _functions.MatmulLtState()
         if threshold > 0.0:
             state.threshold = threshold
-        return _functions.MatMul8bitLt.apply(A, B, out, bias, state)
+        return _functions.MatMul8bitLt.apply(rows, weight, out, bias, state)
 
     def paged(*shape: int, dtype: torch.dtype = torch.float32, device: Any = None) -> torch.Tensor:
         with counter.outside():
-            out = torch.empty(shape, dtype=dtype)
+            out: Any = torch.empty(shape, dtype=dtype)
         out.is_paged, out.page_deviceid = True, 0
-        return out
+        return cast(torch.Tensor, out)
 
-    def state_buffer(self: Any, p: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    def state_buffer(
+        self: Any, p: torch.Tensor, dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
         if not self.is_paged or p.numel() < 1e5:
             return torch.zeros_like(p, dtype=dtype)
         return paged(*p.shape, dtype=dtype)
@@ -134,12 +144,12 @@ def _rows(tensor: torch.Tensor) -> int:
     return tensor.numel() // tensor.shape[-1]
 
 
-def _int8_quant(func: Any, A: torch.Tensor, threshold: float = 0.0) -> Any:
+def _int8_quant(func: Any, rows: torch.Tensor, threshold: float = 0.0) -> Any:
     """Rows of int8 with their scales; no column is an outlier, as with random weights."""
     columns = torch.empty(0, dtype=torch.int64) if threshold > 0.0 else None
     return (
-        torch.empty(A.shape, dtype=torch.int8),
-        torch.empty(_rows(A), dtype=torch.float32),
+        torch.empty(rows.shape, dtype=torch.int8),
+        torch.empty(_rows(rows), dtype=torch.float32),
         columns,
     )
 
@@ -150,9 +160,11 @@ def _int8_quant_scratch(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     return 3 * args[0].numel() if threshold > 0.0 else 0
 
 
-def _int8_mixed(func: Any, A: torch.Tensor, CA: torch.Tensor, CB: torch.Tensor, *rest: Any) -> Any:
-    out = torch.empty((*CA.shape[:-1], CB.shape[0]), dtype=A.dtype)
-    return out, torch.empty(0, dtype=A.dtype)
+def _int8_mixed(
+    func: Any, rows: torch.Tensor, packed: torch.Tensor, weight: torch.Tensor, *rest: Any
+) -> Any:
+    out = torch.empty((*packed.shape[:-1], weight.shape[0]), dtype=rows.dtype)
+    return out, torch.empty(0, dtype=rows.dtype)
 
 
 def _int8_mixed_scratch(func: Any, args: Any, kwargs: Any, out: Any) -> int:
@@ -168,7 +180,8 @@ def _custom_gemm() -> tuple[Any, int]:
     The module that holds it cannot be imported without CUDA.
     """
     spec = importlib.util.find_spec("bitsandbytes")
-    assert spec is not None and spec.origin is not None
+    assert spec is not None
+    assert spec.origin is not None
     path = Path(spec.origin).parent / "backends" / "cuda" / "ops.py"
     tree = ast.parse(path.read_text())
     wanted = "_gemm_4bit_use_custom_cuda"
@@ -178,9 +191,8 @@ def _custom_gemm() -> tuple[Any, int]:
         if isinstance(node, ast.FunctionDef) and node.name == wanted:
             node.decorator_list = []
             body.append(node)
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            if node.targets[0].id == "_GEMM_4BIT_CUSTOM_FLOOR_M":
-                body.append(node)
+        if isinstance(node, ast.Assign) and "_GEMM_4BIT_CUSTOM_FLOOR_M" in ast.unparse(node):
+            body.append(node)
     if not body:
         return None, 0
     space: dict[str, Any] = {"torch": torch}
@@ -189,28 +201,30 @@ def _custom_gemm() -> tuple[Any, int]:
 
 
 def uses_custom_gemm(
-    dtype: torch.dtype, M: int, N: int, K: int, block: int, capability: str, processors: Processors
+    dtype: torch.dtype,
+    rows: int,
+    shape: tuple[int, int],
+    block: int,
+    capability: str,
+    processors: Processors,
 ) -> bool:
-    """Whether a 4-bit product of M rows reads the packed weight without dequantizing it."""
+    """Whether a 4-bit product of `rows` rows reads the packed weight without dequantizing it."""
     space, most = _custom_gemm()
-    if not space or M > most or K % block:
+    if not space or rows > most or shape[1] % block:
         return False
     major, minor = (int(part) for part in capability.split("."))
     space["_gpu_dispatch_props"] = lambda _: (processors.count, major, minor)
-    return bool(space["_gemm_4bit_use_custom_cuda"](0, dtype, M, N, K))
+    return bool(space["_gemm_4bit_use_custom_cuda"](0, dtype, rows, *shape))
 
 
 def _gemm_scratch(capability: str, processors: Processors) -> Callable[..., int]:
     def rule(func: Any, args: Any, kwargs: Any, out: Any) -> int:
-        A, _, shape, absmax, block = args[:5]
-        rows, columns = shape
-        if uses_custom_gemm(A.dtype, _rows(A), rows, columns, block, capability, processors):
+        left, _, shape, _, block = args[:5]
+        if uses_custom_gemm(left.dtype, _rows(left), tuple(shape), block, capability, processors):
             return 0
-        need = rows * columns * A.element_size()
+        need: int = shape[0] * shape[1] * left.element_size()
         nested = kwargs.get("absmax_8bit")
-        if nested is not None:
-            need += 2 * 4 * nested.numel()
-        return need
+        return need if nested is None else need + 2 * 4 * nested.numel()
 
     return rule
 

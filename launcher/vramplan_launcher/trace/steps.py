@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import types
 import warnings
 from collections.abc import Iterator
@@ -113,8 +114,7 @@ def quiet() -> Iterator[None]:
 @contextlib.contextmanager
 def cuda_semantics(counter: Counter) -> Iterator[None]:
     """CUDA's autocast lists and composite paths; transformers is told that nothing is traced."""
-    from transformers.utils import import_utils
-
+    import_utils: Any = importlib.import_module("transformers.utils.import_utils")
     was = import_utils.is_fake_tensor
     import_utils.is_fake_tensor = lambda _: False
     try:
@@ -128,9 +128,9 @@ class Run:
     """One run: the model, its optimizer and the steps."""
 
     def __init__(
-        self, model: nn.Module, recipe: dict[str, Any], counter: Counter, capability: str
+        self, model: Any, recipe: dict[str, Any], counter: Counter, capability: str
     ) -> None:
-        self.model = model
+        self.model: Any = model
         self.recipe = recipe
         self.counter = counter
         self.workspace = cuda_ops.CUBLAS_WORKSPACE.get(
@@ -165,7 +165,8 @@ class Run:
         self.loss_kwargs = build.accepts_loss_kwargs(self.model)
         if recipe["mixed_precision"] != "no":
             self._wrap_forward(build.DTYPES[recipe["mixed_precision"]])
-        self.optimizer = build.make_optimizer(self.model, recipe)
+        with counter.outside():  # making it takes nothing on the device; what it imports might
+            self.optimizer = build.make_optimizer(self.model, recipe)
         self.scaler = (
             torch.zeros((), dtype=torch.float32) if recipe["mixed_precision"] == "fp16" else None
         )

@@ -181,8 +181,11 @@ class Decoder:
         hidden, width = arch.hidden_size, width or arch.intermediate_size
         bias = arch.mlp_bias
         return g.linear(
-            self.activation(g.linear(x, f"{name}.gate_proj", hidden, width, bias))
-            * g.linear(x, f"{name}.up_proj", hidden, width, bias),
+            g.tailed(
+                self.activation(g.linear(x, f"{name}.gate_proj", hidden, width, bias))
+                * g.linear(x, f"{name}.up_proj", hidden, width, bias),
+                arch.deviation,
+            ),
             f"{name}.down_proj",
             width,
             hidden,

@@ -21,8 +21,7 @@ class DeepseekV3(Mixture):
 
     def buffers(self) -> None:
         super().buffers()
-        experts = self.arch.experts
-        assert experts is not None
+        experts = self.figures
         for layer in range(self.arch.layers):
             if not self.dense(layer):
                 name = f"{self.layers_name}.{layer}.mlp.gate.e_score_correction_bias"
@@ -91,13 +90,20 @@ class DeepseekV3(Mixture):
         if g.policy.attention == "flash_attention_2" and value != arch.head_dim:
             return g.padded_flash(q, k, v, arch.heads, arch.head_dim, value)
         return g.fused_attention(
-            q, k, v, self.mask, arch.heads, arch.heads, arch.head_dim, value
+            q,
+            k,
+            v,
+            self.mask,
+            arch.heads,
+            arch.heads,
+            arch.head_dim,
+            value,
+            dropout=arch.dropouts.attention,
         )
 
     # -- feed-forward -------------------------------------------------------------------------
     def mixture(self, x: Tensor, name: str) -> Tensor:
-        experts = self.arch.experts
-        assert experts is not None
+        experts = self.figures
         residuals = x
         _logits, weights, index = self.route(x, f"{name}.gate")
         x = self.g.experts(x, index, weights, self.stack(f"{name}.experts"), self.apply_gate)
@@ -105,8 +111,7 @@ class DeepseekV3(Mixture):
         return x
 
     def route(self, x: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
-        g, arch, experts = self.g, self.arch, self.arch.experts
-        assert experts is not None
+        g, arch, experts = self.g, self.arch, self.figures
         logits = self.router_logits(x, name, wide=True)
         scores = logits.sigmoid()
         for_choice = g.corrected(scores, experts.count)
@@ -140,8 +145,7 @@ class DeepseekV2(DeepseekV3):
         return q_out, k_out
 
     def route(self, x: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
-        g, arch, experts = self.g, self.arch, self.arch.experts
-        assert experts is not None
+        g, arch, experts = self.g, self.arch, self.figures
         logits = self.router_logits(x, name, wide=True)
         scores = logits.softmax("fp32")
         if arch.figure("group_limited"):

@@ -6,6 +6,8 @@ Its linears are a subclass of nn.Linear, x @ weight.T + bias: transformers never
 
 from __future__ import annotations
 
+from typing import Any
+
 from vramplan.models.blocks.decoder import Decoder, Tensor
 
 
@@ -92,7 +94,7 @@ class Falcon(Decoder):
         if not arch.figure("alibi"):
             q, k = self.rotary(q, k)
         if self.g.policy.attention == "eager":
-            out, weights = self.eager_weights(q, k, v, x.dtype)
+            out, weights, _ = self.eager_weights(q, k, v, x.dtype)
         else:
             out, weights = self.fused(q, k, v), None
         out = self.linear(out, f"{name}.dense", hidden, hidden)
@@ -130,20 +132,20 @@ class Falcon(Decoder):
 
     def eager_weights(
         self, q: Tensor, k: Tensor, v: Tensor, dtype: str
-    ) -> tuple[Tensor, Tensor]:
-        """Softmax in the block input's dtype; scaled in place."""
+    ) -> tuple[Tensor, Tensor, Any]:
+        """Softmax in the block input's dtype; scaled in place. The third: forward's variables."""
         arch, g = self.arch, self.g
+        upcast = scaled = None
         times = arch.heads // self.key_heads
         scores = g.scores(q, g.broadcast(k, times), arch.heads)
         if arch.figure("alibi"):
             upcast = scores.float()
-            logits = upcast + self.tables[3]
-            logits = logits.scale_into()
-            weights = (logits + self.mask).softmax_in(dtype)
+            scaled = (upcast + self.tables[3]).scale_into()
+            weights = (scaled + self.mask).softmax_in(dtype)
             weights = weights.dropout(arch.dropouts.attention)
         else:
             scores = scores.scale_into()
             weights = (scores + self.mask).softmax_in(dtype)
         out = g.weighted(weights, g.broadcast(v, times), arch.heads)
         out = out.clone()
-        return out, weights
+        return out, weights, (scores, upcast, scaled)

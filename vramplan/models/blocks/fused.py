@@ -12,7 +12,7 @@ def fused_mlp(block: Llama, x: Tensor, name: str) -> Tensor:
     g, hidden, width = block.g, block.arch.hidden_size, block.arch.intermediate_size
     up = g.linear(x, f"{name}.gate_up_proj", hidden, 2 * width)
     gate, up = up.split([width, width])
-    up = up * block.activation(gate)
+    up = g.tailed(up * block.activation(gate), block.arch.deviation)
     return g.linear(up, f"{name}.down_proj", width, hidden)
 
 

@@ -81,7 +81,7 @@ class Gemma2(Gemma):
 
 
 class Gemma3(Gemma2):
-    """models/gemma3/modeling_gemma3.py, Gemma3ForCausalLM: norms of query and key, two rotations."""
+    """models/gemma3/modeling_gemma3.py, Gemma3ForCausalLM: normed query and key, two rotations."""
 
     def prepare(self, x: Tensor) -> tuple[Tensor, ...]:
         """Full mask, sliding mask, then cos and sin of each kind."""
@@ -92,10 +92,13 @@ class Gemma3(Gemma2):
         """cos and sin, made only for the kinds that there are."""
         if kind not in self.arch.layer_kinds:
             return (None, None)
-        return self.g.rotary_tables(x, self.arch.rotary_dim)
+        cos, sin = self.g.rotary_tables(x, self.arch.rotary_dim)
+        return (cos, sin)
 
     def tables_for(self, layer: int, tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tables[self.arch.layer_kinds[layer] == SLIDING]
+        full, sliding = tables
+        mask, cos, sin = sliding if self.arch.layer_kinds[layer] == SLIDING else full
+        return (mask, cos, sin)
 
     def project(self, x: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().project(x, name)

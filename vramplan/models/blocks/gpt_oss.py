@@ -73,8 +73,8 @@ class GptOss(Mixture):
         scores = g.without_sinks(probabilities, heads)
         weights = scores.dropout(arch.dropouts.attention).to(v_states.dtype)
         out = g.weighted(weights, v_states, heads)
-        out = out.clone()
-        return out
+        self.weights = weights
+        return out.clone()
 
     # -- feed-forward -------------------------------------------------------------------------
     def mixture(self, x: Tensor, name: str) -> Tensor:
@@ -83,8 +83,7 @@ class GptOss(Mixture):
         return x
 
     def stack(self, name: str) -> Stack:
-        experts = self.arch.experts
-        assert experts is not None
+        experts = self.figures
         return Stack(
             name=name,
             count=experts.count,
@@ -96,11 +95,8 @@ class GptOss(Mixture):
         )
 
     def route(self, x: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
-        g, experts = self.g, self.arch.experts
-        assert experts is not None
-        logits = g.router_logits(
-            x, name, experts.count, self.arch.hidden_size, (), biased=True
-        )
+        g, experts = self.g, self.figures
+        logits = g.router_logits(x, name, experts.count, self.arch.hidden_size, (), biased=True)
         top, index = g.topk(logits, experts.active, experts.count)
         scores = g.plain_softmax(top)
         return logits, scores, index

@@ -58,7 +58,7 @@ class StableLm(Llama):
 
 
 class Starcoder2(Windowed):
-    """models/starcoder2/modeling_starcoder2.py: biases everywhere, dropouts, a plain feed-forward."""
+    """models/starcoder2/modeling_starcoder2.py: biases, dropouts, a plain feed-forward."""
 
     def embed(self) -> Tensor:
         x = self.token_embedding()

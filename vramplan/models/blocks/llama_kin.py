@@ -31,6 +31,8 @@ class Qwen3(Windowed):
 class SmolLM3(Windowed):
     """models/smollm3/modeling_smollm3.py: every fourth layer has no rotary positions."""
 
+    rotates = True  # in the layer that runs
+
     def kind(self, layer: int) -> str:
         return super().kind(layer) + (" nope" if self.unrotated(layer) else "")
 

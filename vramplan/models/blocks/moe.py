@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from vramplan.models.architecture import Experts
 from vramplan.models.blocks.decoder import Tensor
 from vramplan.models.blocks.llama_kin import Qwen3
 from vramplan.models.blocks.windowed import Windowed
@@ -26,10 +27,15 @@ class Mixture(Windowed):
     former_gate_up: ClassVar[tuple[str, ...]] = ("gate_proj", "up_proj")
     former_down: ClassVar[tuple[str, ...]] = ("down_proj",)
 
+    @property
+    def figures(self) -> Experts:
+        experts = self.arch.experts
+        assert experts is not None
+        return experts
+
     def dense(self, layer: int) -> bool:
         """Whether a layer has a plain feed-forward."""
-        experts = self.arch.experts
-        return experts is None or layer < experts.first_dense or layer in experts.dense_layers
+        return layer < self.figures.first_dense or layer in self.figures.dense_layers
 
     def kind(self, layer: int) -> str:
         return super().kind(layer) + (" dense" if self.dense(layer) else "")
@@ -62,8 +68,7 @@ class Mixture(Windowed):
         return x
 
     def stack(self, name: str) -> Stack:
-        experts = self.arch.experts
-        assert experts is not None
+        experts = self.figures
         return Stack(
             name=name,
             count=experts.count,
@@ -80,8 +85,7 @@ class Mixture(Windowed):
         return self.activation(gate) * up
 
     def router_logits(self, x: Tensor, name: str, wide: bool = False) -> Tensor:
-        experts = self.arch.experts
-        assert experts is not None
+        experts = self.figures
         return self.g.router_logits(
             x, name, experts.count, self.arch.hidden_size, self.former_router, wide
         )
@@ -98,7 +102,7 @@ class Mixtral(Mixture):
     former_down: ClassVar[tuple[str, ...]] = ("w2",)
 
     def route(self, x: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
-        g, experts = self.g, self.arch.experts
+        g, experts = self.g, self.figures
         logits = self.router_logits(x, name)
         probabilities = logits.float().softmax("fp32")
         top, index = g.topk(probabilities, experts.active, experts.count)
@@ -110,7 +114,7 @@ class SoftmaxRouter(Mixture):
     """Probabilities in fp32, weights cast back to the logits' dtype (Qwen3-MoE, OLMoE)."""
 
     def route(self, x: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
-        g, experts = self.g, self.arch.experts
+        g, experts = self.g, self.figures
         logits = self.router_logits(x, name)
         probabilities = logits.softmax("fp32")
         top, index = g.topk(probabilities, experts.active, experts.count)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from vramplan.errors import ConfigError
@@ -85,7 +86,9 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
         raise ConfigError("the config has no 'model_type', so its architecture is not known")
     if model_type not in READERS:
         raise _unknown(str(model_type))
-    return READERS[model_type](Config(config))
+    reader = Config(config)
+    deviation = reader.number("initializer_range", 0.02, "init_std")
+    return replace(READERS[model_type](reader), initializer_range=deviation)
 
 
 def _unknown(model_type: str) -> UnknownArchitecture:

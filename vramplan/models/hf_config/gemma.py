@@ -96,6 +96,6 @@ def _kinds(named: Any, layers: int) -> tuple[str, ...]:
     return tuple(KINDS[name] for name in named)
 
 
-def _biases(c: Config) -> dict[str, bool]:
+def _biases(c: Config) -> dict[str, Any]:
     bias = c.flag("attention_bias", False)
     return {"attention_bias": bias, "output_bias": bias}

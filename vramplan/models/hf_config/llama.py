@@ -13,7 +13,8 @@ def common(c: Config, **defaults: Any) -> dict[str, Any]:
     hidden = c.size("hidden_size", *_default(defaults, "hidden_size"))
     heads = c.size("num_attention_heads", *_default(defaults, "num_attention_heads"))
     head_dim = c.size("head_dim", defaults.get("head_dim") or hidden // heads)
-    kv_heads = defaults.get("num_key_value_heads") if "num_key_value_heads" not in c.values else None
+    named = "num_key_value_heads" in c.values  # null says: as many as query heads
+    kv_heads = None if named else defaults.get("num_key_value_heads")
     return {
         "family": c.model_type,
         "vocab_size": c.size("vocab_size", *_default(defaults, "vocab_size")),

@@ -43,7 +43,9 @@ def _upper_window(c: Config, layers: int) -> dict[str, Any]:
     """`use_sliding_window`: a window in the layers from `max_window_layers` on."""
     width = window(c, 4096) if c.flag("use_sliding_window", False) else None
     first = c.count("max_window_layers", 28)
-    kinds = layer_types(c, layers) or tuple(SLIDING if i >= first else "full" for i in range(layers))
+    kinds = layer_types(c, layers) or tuple(
+        SLIDING if i >= first else "full" for i in range(layers)
+    )
     if width is None or SLIDING not in kinds:
         return {}
     return {
@@ -60,9 +62,7 @@ def qwen2(c: Config) -> Architecture:
 
 def qwen3(c: Config) -> Architecture:
     """configuration_qwen3.py"""
-    figures = common(
-        c, num_key_value_heads=32, head_dim=128, max_position_embeddings=32768
-    )
+    figures = common(c, num_key_value_heads=32, head_dim=128, max_position_embeddings=32768)
     bias = c.flag("attention_bias", False)
     return Architecture(
         **figures,
@@ -84,7 +84,9 @@ def smollm3(c: Config) -> Architecture:
     if rotated is None:
         rotated = [int((i + 1) % interval != 0) for i in range(layers)]
     width = window(c, None) if c.flag("use_sliding_window", False) else None
-    types = layer_types(c, layers) or tuple("full" if rotated[i] else SLIDING for i in range(layers))
+    types = layer_types(c, layers) or tuple(
+        "full" if rotated[i] else SLIDING for i in range(layers)
+    )
     slides = [width is not None and kind == SLIDING for kind in types]
     bias = c.flag("attention_bias", False)
     return Architecture(

@@ -60,9 +60,7 @@ def qwen3_moe(c: Config) -> Architecture:
     bias = c.flag("attention_bias", False)
     step = c.size("decoder_sparse_step", 1)
     listed = c.get("mlp_only_layers", [])
-    dense = tuple(
-        i for i in range(figures["layers"]) if i in listed or (i + 1) % step != 0
-    )
+    dense = tuple(i for i in range(figures["layers"]) if i in listed or (i + 1) % step != 0)
     return Architecture(
         **figures,
         attention_bias=bias,
