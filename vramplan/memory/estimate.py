@@ -151,9 +151,9 @@ def estimate(
     name, arch, notes = resolve(model)
     check_positions(arch, recipe.seq_len)
     card = _gpus(gpu)
-    policy = policy_of(recipe, arch)
-    run = parts(arch, policy, recipe.optimizer, recipe.allocator)
     capability = card.gpu.compute_capability if card is not None and not card.nominal else None
+    policy = policy_of(recipe, arch, capability)
+    run = parts(arch, policy, recipe.optimizer, recipe.allocator)
     workspace = allocator.workspaces(capability, run.program.epilogues)
     timeline = run_timeline(
         run, recipe.batch_size, recipe.seq_len, recipe.gradient_accumulation_steps, workspace

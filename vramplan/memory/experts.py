@@ -31,15 +31,6 @@ class Experts(Latent):
     """Routing and the experts' forward, statement by statement."""
 
     # -- routing ------------------------------------------------------------------------------
-    def adapts_parameter(self, former: Sequence[str]) -> bool:
-        """Whether targets that name (all of) a parameter's former modules adapt it."""
-        targets = self.policy.targets
-        if self.policy.rank is None or not former or targets is None:
-            return False
-        if targets == "all-linear":
-            return True
-        return all(any(t == n or t.endswith("." + n) for t in targets) for n in former)
-
     def router_logits(
         self,
         x: Value,
@@ -56,7 +47,7 @@ class Experts(Latent):
         """
         weight = self.parameter(f"{name}.weight", experts, hidden)
         bias = self.parameter(f"{name}.bias", experts) if biased else None
-        if self.adapts_parameter(former):
+        if self.policy.adapts_parameter(former):
             weight = self.adapted_matrix(weight, name, experts, hidden)
         copies = [self.to(v, "fp32") if wide else v for v in (x, weight)]
         return self.dense(copies[0], copies[1], bias, hidden, experts)
@@ -221,10 +212,10 @@ class Experts(Latent):
         """
         cached: dict[str, Value] = {}  # parametrize.cached(): until the outermost wrapper returns
         factors = {}
-        if self.adapts_parameter(stack.former_down):
+        if self.policy.adapts_parameter(stack.former_down):
             factors["down_proj"] = self.expert_factors(stack, "down_proj")
             self.folded(stack, "down_proj", factors)
-        if self.adapts_parameter(stack.former_gate_up):
+        if self.policy.adapts_parameter(stack.former_gate_up):
             factors["gate_up_proj"] = self.expert_factors(stack, "gate_up_proj")
             self.folded(stack, "gate_up_proj", factors)
 

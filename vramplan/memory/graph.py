@@ -20,7 +20,7 @@ from vramplan.memory.tape import (
     Value,
 )
 
-FLASH_MAX_HEAD = 256  # sdp_utils.cpp, check_head_dim_size_flash
+FUSED_MAX_HEAD = 256  # sdp_utils.cpp, check_head_dim_size_flash and check_cudnn_tensor_shapes
 ABSMAX_BLOCK = 64  # 4-bit weights share an absmax in blocks of 64 (bitsandbytes' default)
 
 
@@ -333,9 +333,12 @@ class Graph(FusedHeads):
             k, v, kv_heads = k.expand(groups, view=one), v.expand(groups, view=one), heads
             if mask.dtype == "bool":  # convert_boolean_attn_mask, attention.cpp
                 mask = self.constant(mask.size, self.autocast or q.dtype)
-        half = (self.autocast or q.dtype) != "fp32"
+        half = (self.autocast or q.dtype) != "fp32" and head_dim <= FUSED_MAX_HEAD
+        if self.policy.attention != "flash_attention_2" and half and self.policy.cudnn:
+            out = self.cudnn(q, k, v, mask, heads, kv_heads, (head_dim, value_dim))
+            return out if out.strided else self.clone(out)
         if self.policy.attention == "flash_attention_2" or (
-            half and mask is None and value_dim == head_dim <= FLASH_MAX_HEAD
+            half and mask is None and value_dim == head_dim
         ):
             out = self.flash(q, k, v, heads, kv_heads, head_dim)
             return out if out.strided else self.clone(out)

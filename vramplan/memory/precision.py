@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vramplan.models.architecture import Architecture
@@ -25,6 +26,7 @@ class Policy:
     checkpointing: bool = False
     single_sequence: bool = False  # batch 1: merging batch and heads needs no copy
     accumulating: bool = False  # gradients of an earlier micro-batch are there already
+    cudnn: bool = True  # sdpa prefers cuDNN: Hopper and data centre Blackwell
     beyond_window: bool = False  # sequence longer than the sliding window
 
     @property
@@ -44,9 +46,27 @@ class Policy:
             return True
         return any(name == t or name.endswith("." + t) for t in self.targets)
 
+    def adapts_parameter(self, former: Sequence[str]) -> bool:
+        """Whether targets name (all of) the former modules that a parameter merges.
 
-def policy_of(recipe: Recipe, arch: Architecture) -> Policy:
-    """The policy that a recipe means for a model."""
+        peft 0.21 reads targets of transformers 4's module names so; all-linear names everything.
+        """
+        if self.rank is None or not former or self.targets is None:
+            return False
+        if self.targets == "all-linear":
+            return True
+        return all(any(t == n or t.endswith("." + n) for t in self.targets) for n in former)
+
+
+# check_prefer_cudnn_attention, aten/src/ATen/native/transformers/cuda/sdp_utils.cpp
+CUDNN_PREFERRED = (None, "9.0", "10.0")
+
+
+def policy_of(recipe: Recipe, arch: Architecture, capability: str | None = None) -> Policy:
+    """The policy that a recipe means for a model on a card of that compute capability.
+
+    None, an unknown card, is taken for a Hopper.
+    """
     lora = recipe.lora
     autocast = None if recipe.mixed_precision == "no" else recipe.mixed_precision
     return Policy(
@@ -63,5 +83,6 @@ def policy_of(recipe: Recipe, arch: Architecture) -> Policy:
         checkpointing=recipe.gradient_checkpointing,
         single_sequence=recipe.batch_size == 1,
         accumulating=recipe.gradient_accumulation_steps > 1,
+        cudnn=capability in CUDNN_PREFERRED,
         beyond_window=arch.sliding_window is not None and recipe.seq_len >= arch.sliding_window,
     )

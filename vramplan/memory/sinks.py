@@ -79,12 +79,14 @@ class Sinks(Graph):
     def wide_softmax(self, x: Value, heads: int) -> Value:
         """softmax in x's own dtype, which the call names: autocast leaves it. Saves its result."""
         dtype = x.dtype
-        out = self.record(
-            (x,),
-            lambda: (),
-            lambda: self.new_wide(heads, dtype),
-            lambda grad: self.new_wide(heads, dtype),
-        )
+
+        def backward(grad: Value) -> Value:
+            product = self.new_wide(heads, dtype)  # softmax_backward_cuda_out: grad * output
+            out = self.new_wide(heads, dtype)
+            del product
+            return out
+
+        out = self.record((x,), lambda: (), lambda: self.new_wide(heads, dtype), backward)
         self.save_output(out)
         return out
 
@@ -116,7 +118,10 @@ class Sinks(Graph):
         """softmax whose call names x's dtype."""
         size, dtype = x.size, x.dtype
         out = self.record(
-            (x,), lambda: (), lambda: self.new(size, dtype), lambda grad: self.new(size, dtype)
+            (x,),
+            lambda: (),
+            lambda: self.new(size, dtype),
+            lambda grad: self.softmax_backward(grad, dtype),
         )
         self.save_output(out)
         return out

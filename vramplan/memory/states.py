@@ -68,7 +68,7 @@ def layout(arch: Architecture, policy: Policy, allocator: str) -> Layout:
         parameters=sum(t.numel * t.count for t in tensors if t.role != "buffer"),
         trainable_parameters=sum(t.numel * t.count for t in trained),
         loaded=loaded,
-        load_peak=loaded + _quantizing(tensors, policy),
+        load_peak=loaded + max(_quantizing(tensors, policy), _merging(tensors, policy)),
         weights=prepared + adapter_bytes,
         prepare_peak=max(peak, prepared + adapter_bytes),
         trained=trained,
@@ -110,6 +110,12 @@ def _quantizing(tensors: tuple[Tensor, ...], policy: Policy) -> int:
     return max(sizes, default=0)
 
 
+def _merging(tensors: tuple[Tensor, ...], policy: Policy) -> int:
+    """Experts are saved one by one: while a layer's are merged, the parts are there as well."""
+    sizes = [t.numel * ITEMSIZE[policy.dtype] for t in tensors if t.role == "expert" and t.former]
+    return max(sizes, default=0)
+
+
 def _prepare(
     tensors: tuple[Tensor, ...], policy: Policy, allocator: str, loaded: int
 ) -> tuple[int, int]:
@@ -134,16 +140,23 @@ def _trained(tensors: tuple[Tensor, ...], policy: Policy) -> Iterator[Trained]:
 
 
 def _adapters(tensors: tuple[Tensor, ...], policy: Policy) -> Iterator[Trained]:
-    """lora_A (rank x in) and lora_B (out x rank) of every adapted linear."""
+    """lora_A (rank x in) and lora_B (out x rank) of every adapted linear, router and expert.
+
+    peft's ParamWrapper gives a parameter that merges several former modules their number times the
+    rank, for every expert (peft 0.21, tuners/lora/layer.py, utils/transformers_weight_conversion).
+    """
     rank, itemsize = policy.rank, ITEMSIZE[policy.adapter_dtype]
     if rank is None:
         return
     for t in tensors:
         module = t.name.removesuffix(".weight")
-        if not t.adaptable or not policy.adapts(module):
+        wide = rank
+        if policy.adapts_parameter(t.former):
+            wide *= len(t.former) * (t.shape[0] if len(t.shape) == 3 else 1)
+        elif not t.adaptable or not policy.adapts(module):
             continue
-        n_out, n_in = reversed(t.shape) if t.transposed else t.shape
-        for part, shape in (("lora_A", (rank, n_in)), ("lora_B", (n_out, rank))):
+        n_out, n_in = reversed(t.shape[-2:]) if t.transposed else t.shape[-2:]
+        for part, shape in (("lora_A", (wide, n_in)), ("lora_B", (n_out, wide))):
             numel = shape[0] * shape[1]
             yield Trained(f"{module}.{part}", numel, itemsize, t.count, False, shape)
 
@@ -151,4 +164,6 @@ def _adapters(tensors: tuple[Tensor, ...], policy: Policy) -> Iterator[Trained]:
 def _module_names(tensors: tuple[Tensor, ...]) -> list[str]:
     """The last parts of the names of modules that can be adapted."""
     names = {t.name.removesuffix(".weight").rpartition(".")[2] for t in tensors if t.adaptable}
+    for t in tensors:
+        names.update(former.rpartition(".")[2] for former in t.former)
     return sorted(names)

@@ -68,9 +68,10 @@ def trace(
 ) -> Trace:
     """Runs `steps` training steps of `recipe` on fake tensors and returns what was counted.
 
-    `config` is a Hugging Face `config.json`; `recipe` is a `vramplan.Recipe` or a dict of
-    its fields (those left out take its defaults); `layers` cuts the depth. `watch_peak` keeps the storages that are
-    live at each phase's peak and end; `keep_events` keeps every allocation and release in order.
+    `config` is a Hugging Face `config.json`; `recipe` is a `vramplan.Recipe` or a dict of its
+    fields (those left out take its defaults); `layers` cuts the depth. `watch_peak` keeps the
+    storages that are live at each phase's peak and end; `keep_events` keeps every allocation and
+    release in order. Sizes are bytes.
     """
     if hasattr(recipe, "to_dict"):
         recipe = recipe.to_dict()
