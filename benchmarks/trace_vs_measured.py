@@ -1,119 +1,101 @@
 """Traced against measured, phase by phase.
 
-usage: trace_vs_measured.py MEASURED.json [--case ID ...] [--model NAME ...]
-       --models FILE.py [--allocator default]
+usage: trace_vs_measured.py NAME ... [--case PART ...] [--every N] [--verbose]
 
-MEASURED.json is a list of runs as `tests/measured/README.md` describes them; their models'
-figures are read from `--models FILE.py` (a dict `M` of Hugging Face configs).
+NAME is a file of tests/measured without its suffix: families_gpu, single_gpu. A line a case: the
+peak's error and, where a phase's end or peak differs by more than 0.1 % of the case's peak, by
+how many MiB (traced less measured). The phases are those of a step when optimizer states exist.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import json
+import sys
 import time
 import traceback
 import warnings
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from measured import Run, runs  # noqa: E402
+
 MIB = 2**20
-PHASES = {
-    "forward": "forward",
-    "backward": "backward",
-    "optimizer": "optimizer_step",
-    "step_end": "step_end",
-}
+STEP = 2  # the first one that finds optimizer states
+NOTABLE = 0.001  # of the peak
 
 
-def recipe_of(case: dict[str, Any]) -> dict[str, Any]:
-    """A measured case in the words of a recipe."""
-    method = case.get("method", "full")
-    lora = None
-    if method != "full":
-        lora = {
-            "rank": case.get("rank", 8),
-            "dropout": case.get("dropout", 0.05),
-            "target_modules": case.get("targets", "all-linear"),
-        }
-    return {
-        "dtype": case.get("weights", "bf16"),
-        "mixed_precision": case.get("amp", "bf16"),
-        "quantization": {"qlora": "nf4", "int8": "int8"}.get(method),
-        "double_quant": case.get("double_quant", True),
-        "lora": lora,
-        "attention": case.get("attn", "sdpa"),
-        "gradient_checkpointing": bool(case.get("gc")),
-        "optimizer": case.get("optim", "adamw_torch_fused"),
-        "batch_size": case["batch"],
-        "seq_len": case["seq"],
-        "gradient_accumulation_steps": case.get("ga", 1),
-    }
+def capability_of(run: Run) -> str:
+    """All runs recorded so far are of Hopper cards (H100, H200)."""
+    return "9.0"
 
 
-def compare(run: dict[str, Any], configs: dict[str, Any], allocator: str) -> None:
-    """Prints one case's table."""
-    from vramplan_launcher.trace import trace
+def traced(run: Run) -> tuple[int, dict[str, tuple[int, int]]]:
+    """The peak of all steps, and (end, peak) of each phase."""
+    from vramplan_launcher.trace.steps import trace
 
-    case = run["case"]
+    recipe = run.recipe.to_dict()
+    result = trace(run.config, recipe, steps=STEP, compute_capability=capability_of(run))
+    loading, step = result.step(0), result.step(STEP)
+    phases = {name: (step[name].end, step[name].peak) for name in run.ends if name in step}
+    phases["load"] = loading["load"].end, loading["load"].peak
+    phases["prepare"] = loading["prepare"].end, max(p.peak for p in loading.values())
+    return result.peak_allocated, phases
+
+
+def compare(run: Run, verbose: bool) -> float:
+    """Prints one case's line, or table; returns the peak's error in percent."""
     began = time.time()
-    result = trace(configs[case["model"]], {**recipe_of(case), "allocator": allocator}, steps=3)
-    print(f"== {case['id']}  ({time.time() - began:.0f} s)")
-    show("load end", result.step(0)["load"].end, run["load"]["end"])
-    show("load peak", result.step(0)["load"].peak, run["load"]["peak"])
-    show("prepared end", result.step(0)["prepare"].end, run["prepared"]["end"])
-    show("prepared peak", max(p.peak for p in result.step(0).values()), run["prepared"]["peak"])
-    number = 1
-    for entry in run["timeline"]:
-        name = PHASES.get(entry["phase"])
-        if name:
-            traced = result.step(number)[name]
-            if number > 1 or name == "forward":
-                if "start" in entry:
-                    show(f"{number} {name} start", traced.start, entry["start"])
-                show(f"{number} {name} end", traced.end, entry["end"])
-                if entry.get("peak"):
-                    show(f"{number} {name} peak", traced.peak, entry["peak"])
-        number += entry["phase"] == "step_end"
-    show("PEAK", result.peak_allocated, run["peak_allocated"])
+    peak, phases = traced(run)
+    error = 100 * (peak / run.peak_allocated - 1)
+    differences = []
+    for name, found in phases.items():
+        for what, value, measured in zip(
+            ("end", "peak"), found, (run.ends[name], run.peaks[name]), strict=True
+        ):
+            if verbose:
+                show(f"{name} {what}", value, measured)
+            if abs(value - measured) > NOTABLE * run.peak_allocated:
+                differences.append(f"{name} {what} {(value - measured) / MIB:+.1f}")
+    if verbose:
+        show("PEAK", peak, run.peak_allocated)
+    seconds = time.time() - began
+    print(f"{run.id:44} {error:+8.3f} %  {'; '.join(differences)}  ({seconds:.0f} s)", flush=True)
+    return error
 
 
-def show(what: str, traced: int, measured: int) -> None:
+def show(what: str, found: int, measured: int) -> None:
     """One line: MiB, difference in bytes and percent."""
-    difference = traced - measured
+    difference = found - measured
     percent = 100 * difference / measured if measured else 0.0
     print(
-        f"  {what:24} {traced / MIB:12.2f} {measured / MIB:12.2f}"
+        f"  {what:24} {found / MIB:12.2f} {measured / MIB:12.2f}"
         f" {difference:>14} {percent:+8.3f} %",
         flush=True,
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("measured")
-    parser.add_argument("--models", required=True)
-    parser.add_argument("--case", action="append")
-    parser.add_argument("--model", action="append")
-    parser.add_argument("--allocator", default="expandable_segments")
+    parser = argparse.ArgumentParser(usage=__doc__)
+    parser.add_argument("names", nargs="+")
+    parser.add_argument("--case", action="append", help="only ids with this part")
+    parser.add_argument("--every", type=int, default=1, help="only every N-th case")
+    parser.add_argument("--verbose", action="store_true")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
-    spec = importlib.util.spec_from_file_location("models", options.models)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    for run in json.loads(Path(options.measured).read_text()):
-        case = run["case"]
-        if options.case and not any(c in case["id"] for c in options.case):
-            continue
-        if options.model and case["model"] not in options.model:
-            continue
+    chosen: list[Any] = [run for name in options.names for run in runs(name)][:: options.every]
+    if options.case:
+        chosen = [run for run in chosen if any(part in run.id for part in options.case)]
+    errors = []
+    for run in chosen:
         try:
-            compare(run, module.M, options.allocator)
+            errors.append(compare(run, options.verbose))
         except Exception:
-            print(f"== {case['id']}: {traceback.format_exc()[-1500:]}")
+            print(f"{run.id}: {traceback.format_exc()[-1500:]}")
+    if errors:
+        mean = sum(map(abs, errors)) / len(errors)
+        print(f"{len(errors)} cases: mean {mean:.3f} %, worst {max(errors, key=abs):+.3f} %")
 
 
 if __name__ == "__main__":

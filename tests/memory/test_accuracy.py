@@ -15,7 +15,7 @@ from measured import FOLDER, recipe_of, runs  # noqa: E402
 
 from vramplan.memory.estimate import estimate  # noqa: E402
 
-FILES = [p.stem for p in sorted(FOLDER.glob("*_gpu.json"))]
+FILES = ("single_gpu", "families_gpu")
 ALL = [run for name in FILES for run in runs(name)]
 
 WORST = 0.03
@@ -67,3 +67,15 @@ def test_required(config, recipe, survived):
     e = estimate(config, recipe)
     least = survived + e.overhead["context"]
     assert least <= e.required <= 1.05 * least
+
+
+def test_no_cap_that_failed_is_enough():
+    """Runs under a cap on the allocator: none that `required` would have allowed ran out."""
+    document = json.loads((FOLDER / "capped.json").read_text(encoding="utf-8"))
+    known = {run.id: run for run in runs("families_gpu")}
+    wrong = []
+    for entry in document["runs"]:
+        e = known[entry["run"]].estimate()
+        allowed = e.required - e.overhead["context"]
+        wrong += [entry["run"] for c in entry["caps"] if not c["survived"] and c["cap"] >= allowed]
+    assert wrong == []

@@ -116,7 +116,7 @@ def config_of(variant: str) -> dict[str, Any]:
 @pytest.mark.parametrize(("variant", "name"), CASES)
 def test_closed_form_is_the_trace(variant: str, name: str) -> None:
     """End and peak of forward and backward, within a thousandth of the step's peak."""
-    tracing = pytest.importorskip("vramplan_launcher.trace")
+    tracing = pytest.importorskip("vramplan_launcher.trace.steps")
     config, recipe = config_of(variant), RECIPES[name]
 
     traced = tracing.trace(config, recipe).step(2)

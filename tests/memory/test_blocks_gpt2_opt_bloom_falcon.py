@@ -11,7 +11,8 @@ from vramplan import LoRA, Recipe
 from vramplan.memory.precision import policy_of
 from vramplan.memory.program import reduce_recording
 from vramplan.memory.record import record_step
-from vramplan.memory.tape import Tape, Value
+from vramplan.memory.tape import Tape
+from vramplan.memory.values import Value
 from vramplan.models.hf_config import architecture
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -111,7 +112,7 @@ def as_traced(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("variant", "name"), CASES)
 def test_closed_form_is_the_trace(variant: str, name: str) -> None:
     """End and peak of forward and backward, within a thousandth of the step's peak."""
-    tracing = pytest.importorskip("vramplan_launcher.trace")
+    tracing = pytest.importorskip("vramplan_launcher.trace.steps")
     config = {"model_type": variant.partition("-")[0], **VARIANTS[variant]}
     recipe = RECIPES[name]
 

@@ -90,7 +90,7 @@ CASES += [
 @pytest.mark.parametrize(("variant", "name"), CASES)
 def test_closed_form_is_the_trace(variant: str, name: str) -> None:
     """End and peak of forward and backward, within a thousandth of the step's peak."""
-    tracing = pytest.importorskip("vramplan_launcher.trace")
+    tracing = pytest.importorskip("vramplan_launcher.trace.steps")
     config = {"model_type": variant.partition("-")[0], **SIZES, **VARIANTS[variant]}
     recipe = RECIPES[name]
 

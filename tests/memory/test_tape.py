@@ -6,7 +6,8 @@ import pytest
 
 from vramplan.memory.graph import Graph
 from vramplan.memory.precision import Policy
-from vramplan.memory.tape import Parameter, Size, Tape, Value
+from vramplan.memory.tape import Tape
+from vramplan.memory.values import Parameter, Size, Value
 
 N = Size(1000)
 FP32 = 1000 * 4

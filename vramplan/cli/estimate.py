@@ -11,6 +11,7 @@ from vramplan.cli.recipe_options import recipe_of, recipe_options
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from vramplan.errors import UserError
     from vramplan.hardware.gpu import Gpus
     from vramplan.memory.advice import Change
     from vramplan.memory.estimate import Estimate
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     _E = TypeVar("_E", Estimate, InferenceEstimate)
 
 _MODES = ("training", "inference")
+_VIAS = ("rules", "trace")
 # What of a recipe counts when nothing is trained.
 _OF_INFERENCE = ("dtype", "quantization", "double_quant", "attention", "batch_size", "seq_len")
 
@@ -38,6 +40,8 @@ _OF_INFERENCE = ("dtype", "quantization", "double_quant", "attention", "batch_si
 @click.option("--prompt", metavar="N", help="Of inference: the prompt's part of --seq-len. [all]")
 @click.option("--advice", is_flag=True, help="Show what would help even if it fits.")
 @click.option("--explain", is_flag=True, help="Every term, with its formula and figures.")
+@click.option("--via", metavar="NAME", default="rules", help="rules or trace (slow). [rules]")
+@click.option("--trust-remote-code", is_flag=True, help="Of --via trace: run a folder's own code.")
 @click.option("--offline", is_flag=True, help="Ask nothing of the network.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 @click.pass_context
@@ -51,6 +55,8 @@ def command(
     prompt: str | None,
     advice: bool,
     explain: bool,
+    via: str,
+    trust_remote_code: bool,
     offline: bool,
     as_json: bool,
     **given: Any,
@@ -63,12 +69,19 @@ def command(
     """
     with _NoCollections():
         _check_mode(mode, given, {"advice": advice, "explain": explain, "prompt": prompt})
+        _check_via(via, mode, {"advice": advice, "explain": explain}, trust_remote_code)
         recipe = recipe_of(recipe_file, given)
         gpus, no_gpu = _gpus(card)
         if mode == "inference":
             serving = _estimate_inference(model, recipe, prompt, gpus, offline)
             click.echo(_dumped(serving.to_dict()) if as_json else _inference_text(serving, no_gpu))
             fits = serving.fits
+        elif via == "trace":
+            from vramplan.cli.trace import Asked, text_of
+
+            traced = Asked(model, recipe, gpus, offline, trust_remote_code).trace()
+            click.echo(_dumped(traced.to_dict()) if as_json else text_of(traced, no_gpu))
+            fits = traced.fits
         else:
             needed = _estimate(model, recipe, gpus, offline)
             fits = needed.fits
@@ -119,6 +132,42 @@ def _check_mode(mode: str, given: dict[str, Any], others: dict[str, Any]) -> Non
         raise UserError(f"--{option} means nothing with --mode {mode}: leave one of them out")
 
 
+def _check_via(via: str, mode: str, others: dict[str, bool], trusted: bool) -> None:
+    """Raises UserError for an unknown way, or an option that means nothing with it."""
+    from vramplan.errors import UnknownName, UserError
+
+    if via not in _VIAS:
+        raise UnknownName("way (--via)", via, _VIAS)
+    if via == "rules":
+        if trusted:
+            raise UserError("--trust-remote-code means nothing without --via trace")
+        return
+    if mode != "training":
+        raise UserError(f"--via trace is of training only, not of --mode {mode}")
+    for option, wanted in others.items():
+        if wanted:
+            raise UserError(
+                f"--{option} needs the rules, which a trace does without: leave out --{option} "
+                "or --via trace"
+            )
+
+
+def _offered(error: UserError) -> UserError:
+    """What can be done about an architecture that is not described."""
+    from importlib.util import find_spec
+
+    from vramplan.models.hf_config import UnknownArchitecture
+
+    if find_spec("torch") and find_spec("transformers"):
+        offer = "Or add --via trace: its own code is then run on fake tensors, without a GPU."
+    else:
+        offer = (
+            "Or pip install 'vramplan[launch]', and add --via trace: its own code is then run on "
+            "fake tensors, without a GPU."
+        )
+    return UnknownArchitecture(f"{error} {offer}")
+
+
 def _gpus(card: str | None) -> tuple[Gpus | None, str]:
     """The cards named, or those of this machine; or none, and why."""
     if card is not None:
@@ -134,11 +183,15 @@ def _gpus(card: str | None) -> tuple[Gpus | None, str]:
 
 def _estimate(model: str, recipe: Recipe, gpus: Gpus | None, offline: bool) -> Estimate:
     from vramplan.memory.estimate import estimate
+    from vramplan.models.hf_config import UnknownArchitecture
 
-    if not offline:
-        return estimate(model, recipe, gpus)
-    located = _located(model)
-    return _named(estimate(located.config, recipe, gpus), located)
+    try:
+        if not offline:
+            return estimate(model, recipe, gpus)
+        located = _located(model)
+        return _named(estimate(located.config, recipe, gpus), located)
+    except UnknownArchitecture as error:
+        raise _offered(error) from None
 
 
 def _estimate_inference(

@@ -28,6 +28,7 @@ BROKEN_PIPE = 141
 # Name: the line that `vramplan --help` shows. The command is `command` in vramplan.cli.<name>.
 COMMANDS = {
     "estimate": "How much GPU memory a fine-tuning run needs.",
+    "trace": "The same from the model's real code, run on fake tensors.",
     "models": "List the models whose configuration comes with vramplan.",
     "gpus": "List the known GPUs, or those in this machine.",
 }

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from vramplan.errors import UserError
 from vramplan.memory.estimate import Estimate, estimate
+from vramplan.models.tensors import inventory
 from vramplan.recipe.optimizers import OPTIMIZERS
 from vramplan.recipe.recipe import ALL_LINEAR, LoRA, Recipe
 
@@ -48,7 +49,7 @@ class Change:
 def advise(needed: Estimate) -> tuple[Change, ...]:
     """The single changes that lower `needed.required`, the greatest saving first."""
     found = []
-    for option in _options(needed.recipe):
+    for option in _options(needed):
         then = _tried(needed, option.values)
         if then is not None and then.required < needed.required:
             found.append(_change(needed, then, option.name, option.severity > 0))
@@ -129,8 +130,9 @@ class _Option(NamedTuple):
 _SEVEREST = 2
 
 
-def _options(recipe: Recipe) -> Iterator[_Option]:
-    """What there is to change about `recipe`, from the mildest on."""
+def _options(needed: Estimate) -> Iterator[_Option]:
+    """What there is to change about a run, from the mildest on."""
+    recipe = needed.recipe
     if recipe.allocator == "default":
         yield _Option("expandable segments", {"allocator": "expandable_segments"})
     if recipe.attention == "eager":
@@ -143,7 +145,7 @@ def _options(recipe: Recipe) -> Iterator[_Option]:
     if recipe.dtype == "fp32":
         # Frozen weights were mostly published in 16 bits: nothing is lost.
         yield _Option("bf16 weights", {"dtype": "bf16"}, severity=1 if recipe.lora is None else 0)
-    yield from _adapters(recipe)
+    yield from _adapters(recipe, _fresh_adapters(needed))
     if recipe.seq_len // 2 >= SHORTEST:
         yield _Option("half the sequence", {"seq_len": recipe.seq_len // 2}, severity=2)
 
@@ -178,12 +180,18 @@ def _optimizers(recipe: Recipe) -> Iterator[_Option]:
         yield _Option("paged 8-bit optimizer", {"optimizer": paged})
 
 
-def _adapters(recipe: Recipe) -> Iterator[_Option]:
+def _fresh_adapters(needed: Estimate) -> LoRA:
+    """The default ones; where experts are adapted too, without dropout: peft refuses that."""
+    merged = any(t.former for t in inventory(needed.architecture))
+    return LoRA(dropout=0.0) if merged else LoRA()
+
+
+def _adapters(recipe: Recipe, fresh: LoRA) -> Iterator[_Option]:
     lora = recipe.lora
     if lora is None:
-        yield _Option("LoRA", {"lora": LoRA()}, severity=1)
+        yield _Option("LoRA", {"lora": fresh}, severity=1)
         # A mix gets there from LoRA, if LoRA is not enough.
-        both = {"lora": LoRA(), "quantization": "nf4"}
+        both = {"lora": fresh, "quantization": "nf4"}
         yield _Option("QLoRA (nf4)", both, severity=1, mixes=False)
         return
     if recipe.quantization in (None, "int8"):
@@ -220,7 +228,7 @@ def _change(needed: Estimate, then: Estimate, name: str, alters: bool) -> Change
 def _greedy(needed: Estimate, severity: int) -> Estimate | None:
     current = needed
     while not current.fits:
-        options = (o for o in _options(current.recipe) if o.mixes and o.severity <= severity)
+        options = (o for o in _options(current) if o.mixes and o.severity <= severity)
         tried = (_tried(current, option.values) for option in options)
         found = [then for then in tried if then is not None and then.required < current.required]
         if not found:

@@ -8,7 +8,8 @@ flash-attn 2.8.
 from __future__ import annotations
 
 from vramplan.memory.activations import Activations
-from vramplan.memory.tape import Size, Value
+from vramplan.memory.precision import Policy
+from vramplan.memory.values import Size, Value
 
 HEAD_ROUNDING = 32  # flash backward's fp32 accumulator: head size up to a multiple of 32
 
@@ -18,8 +19,48 @@ def _round_up(n: int, multiple: int) -> int:
 
 
 class Attention(Activations):
-    """The fused kernels behind `scaled_dot_product_attention` and flash-attn."""
+    """Heads and scores; the fused kernels behind `scaled_dot_product_attention` and flash-attn."""
 
+    policy: Policy
+
+    # -- heads and scores ---------------------------------------------------------------------
+    def split_heads(self, x: Value) -> Value:
+        """view + transpose: no copy; backward a copy unless the gradient lies so already."""
+        size, dtype = x.size, x.dtype
+
+        def compute() -> Value:
+            out = Value(self, x.storage, size, dtype)
+            out.strided = True
+            return out
+
+        def backward(grad: Value) -> Value:
+            return (
+                Value(self, grad.storage, size, dtype, view=True)
+                if grad.strided
+                else self.new(size, dtype)
+            )
+
+        return self.record((x,), lambda: (), compute, backward)
+
+    def dense_heads(self, x: Value) -> Value:
+        """reshape before bmm: heads that lie behind tokens in memory are copied (batch > 1)."""
+        if not x.strided or self.policy.single_sequence:
+            return x
+        return self.clone(x)
+
+    def scores(self, q: Value, k: Value, heads: int) -> Value:
+        """query @ key^T: batch x heads x sequence x sequence."""
+        return self.matmul(self.dense_heads(q), self.dense_heads(k), Size(heads, 1, 2))
+
+    def weighted(self, weights: Value, v: Value, heads: int) -> Value:
+        """weights @ value"""
+        rows = Size(heads * (v.size.numel // heads), 1, 1)
+        return self.matmul(weights, self.dense_heads(v), rows)
+
+    def empty_scores(self, heads: int, dtype: str) -> Value:
+        return self.constant(Size(heads, 1, 2), dtype)
+
+    # -- kernels ------------------------------------------------------------------------------
     def flash(
         self, q: Value, k: Value, v: Value, heads: int, kv_heads: int, head_dim: int
     ) -> Value:
@@ -136,12 +177,12 @@ class Attention(Activations):
         mask = self.new(Size(1, 0, 2), q.dtype)
         del allowed
         if kv_heads != heads:
-            k, v = k.expand(heads // kv_heads), v.expand(heads // kv_heads)
-        weights = self.matmul(q.dense_heads(), (k * 1.0).dense_heads(), Size(heads, 1, 2))
+            k, v = self.expand(k, heads // kv_heads), self.expand(v, heads // kv_heads)
+        weights = self.matmul(self.dense_heads(q), self.dense_heads(k * 1.0), Size(heads, 1, 2))
         del mask
         weights = self.safe_softmax(weights)
         weights = self.dropout(weights, dropout)
-        return self.matmul(weights, v.dense_heads(), Size(heads * dim, 1, 1))
+        return self.matmul(weights, self.dense_heads(v), Size(heads * dim, 1, 1))
 
     def safe_softmax(self, x: Value) -> Value:
         """_safe_softmax: softmax, then rows that are all -inf (found by a mask) set to 0 in place.

@@ -10,7 +10,8 @@ from typing import Any
 
 from vramplan.hardware.catalogue import Gpu, Gpus, parse_gpu, warnings_for
 from vramplan.memory import allocator
-from vramplan.memory.facts import check_positions, facts
+from vramplan.memory.facts import facts
+from vramplan.memory.legality import check_model
 from vramplan.memory.precision import Policy, policy_of
 from vramplan.memory.timeline import Parts, Timeline, parts, run_timeline
 from vramplan.models.architecture import Architecture
@@ -74,7 +75,9 @@ class Estimate:
         return {
             "context": allocator.context(self.recipe.quantization),
             "nccl": 0,
-            "allocator_slack": allocator.slack(self.peak_allocated, self.recipe.allocator),
+            "allocator_slack": allocator.slack(
+                self.peak_allocated, self.recipe.allocator, self.parts.stepping.largest
+            ),
         }
 
     @property
@@ -103,7 +106,7 @@ class Estimate:
     def warnings(self) -> tuple[str, ...]:
         """Facts about this run that cost memory or may surprise, each with what to do."""
         out = list(cautions(self.recipe))
-        out += facts(self.architecture, self.recipe, self.parts.layout)
+        out += facts(self.architecture, self.recipe, self.policy)
         if self.gpu is not None:
             uses_bf16 = "bf16" in (self.recipe.dtype, self.recipe.mixed_precision)
             out += warnings_for(self.gpu.gpu, uses_bf16=uses_bf16, attention=self.recipe.attention)
@@ -149,7 +152,7 @@ def estimate(
     the input.
     """
     name, arch, notes = resolve(model)
-    check_positions(arch, recipe.seq_len)
+    check_model(arch, recipe)
     card = _gpus(gpu)
     capability = card.gpu.compute_capability if card is not None and not card.nominal else None
     policy = policy_of(recipe, arch, capability)

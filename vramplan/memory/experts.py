@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from vramplan.memory.latent import Latent
-from vramplan.memory.tape import Size, Value
+from vramplan.memory.values import Size, Value
 from vramplan.models.stack import Stack
 
 SORT_ARRAYS = 6
@@ -164,15 +164,6 @@ class Experts(Latent):
             lambda grad: self.new(grad.size, grad.dtype),
         )
 
-    def add_(self, x: Value, other: Value) -> Value:
-        """add_: in place; saves nothing; both receive the gradient."""
-        return self.record(
-            (x, other),
-            lambda: (),
-            lambda: Value(self, x.storage, x.size, x.dtype),
-            lambda grad: (grad, grad.alias()),
-        )
-
     def grouped_mm(self, x: Value, weight: Value, offsets: Value, n_in: int, n_out: int) -> Value:
         """_grouped_mm: saves weight for x and x for weight; the weight's gradient is made first."""
         x = self.to(x, weight.dtype)
@@ -297,14 +288,14 @@ class Experts(Latent):
         selected = self.masked_fill_(selected, sentinel)
         out = self.grouped_mm(selected, weights, offsets, hidden, 2 * width)
         if bias is not None:
-            out = self.add_(out, bias)
+            out = self.add_into(out, bias)
         out = self.masked_fill(out, sentinel)
         out = gate(out)
         weights = weight("down_proj")
         bias = self.expert_bias(stack, "down_proj", expert_ids, rows)
         out = self.grouped_mm(out, weights, offsets, width, hidden)
         if bias is not None:
-            out = self.add_(out, bias)
+            out = self.add_into(out, bias)
         out = self.masked_fill(out, sentinel)
         weighted = out * sample_weights
         inverse = self.constant(rows, "int64")

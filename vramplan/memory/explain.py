@@ -109,7 +109,8 @@ def _overhead(e: Estimate) -> Iterator[Term]:
         ),
         "allocator_slack": (
             "what the allocator needs beyond the peak",
-            f"{percent} % of the peak + {format_bytes(allocator.GRANULE)}",
+            f"{percent} % of the peak + {format_bytes(allocator.FRAGMENTS)}"
+            + (" + the step's largest temporary" if e.parts.stepping.largest else ""),
             "runs under a capped allocator; see memory/allocator.py",
         ),
     }

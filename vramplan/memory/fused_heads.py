@@ -7,14 +7,11 @@ attention.cpp (_scaled_dot_product_attention_math), LinearAlgebra.cpp (matmul) o
 from __future__ import annotations
 
 from vramplan.memory.attention import Attention
-from vramplan.memory.precision import Policy
-from vramplan.memory.tape import Size, Value
+from vramplan.memory.values import Size, Value
 
 
 class FusedHeads(Attention):
     """Rules for what BLOOM and Falcon do with heads."""
-
-    policy: Policy
 
     def behind(self, x: Value) -> Value:
         """transpose(1, 2): heads before tokens in shape, behind them in memory."""

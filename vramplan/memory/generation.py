@@ -8,7 +8,8 @@ length are keys, values, and whatever is made of both.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -16,13 +17,18 @@ from vramplan.memory import record
 from vramplan.memory.precision import Policy
 from vramplan.memory.program import POSITION, Program, reduce_recording
 from vramplan.memory.record import Recorder, Recording
-from vramplan.memory.tape import ITEMSIZE, Size, Value
+from vramplan.memory.sinks import Pair
+from vramplan.memory.values import ITEMSIZE, Size, Value
 from vramplan.models.architecture import Architecture
 from vramplan.models.blocks import family
+from vramplan.models.stack import Stack
 
 CACHE = "kv_cache"
 BEFORE = "kv_cache before"
 """A cache tensor as the step finds it: a token shorter than what the step leaves."""
+ATTENTION = ("attend", "attend_weights", "eager_weights", "fused", "probabilities")
+"""Methods of descriptions that take queries, keys and values: before the first of them to run in a
+layer its model's attention calls Cache.update."""
 
 
 class Serving(Policy):
@@ -48,7 +54,20 @@ class Prefill(Recorder):
         self.arch = arch
         self.layer = 0
         self.cache: list[Value] = []
-        self.position_tables = False
+        self.updated = True  # the layer that runs has called Cache.update
+        self.fused_heads: list[Value] = []  # BLOOM's queries, keys and values until then
+        self.batched = False  # what is made has a row for every sequence
+
+    def enter(self, layer: int) -> None:
+        """A layer begins."""
+        self.layer, self.updated = layer, False
+
+    def update_once(self, key: Value, value: Value) -> None:
+        """Cache.update where the layer has not called it yet."""
+        if not self.updated:
+            self.updated = True
+            self.fused_heads.clear()
+            self.update(key, value)
 
     def update(self, key: Value, value: Value) -> None:
         """Cache.update: the caller's key and value become the cache's, dense copies.
@@ -60,15 +79,56 @@ class Prefill(Recorder):
         self.cache += kept
         _rebind((key, value), kept)
 
+    def select_heads(self, x: Value) -> Value:
+        """BLOOM updates the cache with what the fused projection is taken apart into."""
+        out = super().select_heads(x)
+        if self.arch.family == "bloom":
+            self.fused_heads.append(out)
+            if len(self.fused_heads) == 3:
+                self.update_once(*self.fused_heads[1:])
+        return out
+
+    def fused_attention(self, q: Value, k: Value, v: Value, *args: Any, **options: Any) -> Value:
+        self.update_once(k, v)
+        return super().fused_attention(q, k, v, *args, **options)
+
+    def minus_maximum(self, x: Value, heads: int) -> Value:
+        """x - x.max(...).values: without gradients nothing keeps the indices."""
+        maxima, indices = self.new(Size(heads, 1, 1), x.dtype), self.new(Size(heads, 1, 1), "int64")
+        del indices
+        out = self.new_wide(heads, x.dtype)
+        del maxima
+        return out
+
+    # -- positions: generate passes those of every sequence, so their tables have its batch ------
+    @contextmanager
+    def every_sequence(self) -> Iterator[None]:
+        self.batched = True
+        yield
+        self.batched = False
+
     def rotary_tables(self, *args: Any, **options: Any) -> tuple[Value, Value]:
-        """generate passes positions of every sequence: tables of batch x sequence."""
-        self.position_tables = True
-        tables = super().rotary_tables(*args, **options)
-        self.position_tables = False
-        return tables
+        with self.every_sequence():
+            return super().rotary_tables(*args, **options)
+
+    def half_tables(self, *args: Any, **options: Any) -> tuple[Value, Value]:
+        with self.every_sequence():
+            return super().half_tables(*args, **options)
+
+    def frequencies(self, width: int) -> Value:
+        with self.every_sequence():
+            return super().frequencies(width)
+
+    def table(self, *args: Any, **options: Any) -> Value:
+        with self.every_sequence():
+            return super().table(*args, **options)
+
+    def position_ids(self, batched: bool = False) -> Value:
+        """An input, counted with them."""
+        return Value(self, None, Size(1, 1, 1), "int64")
 
     def new(self, size: Size, dtype: str, category: str | None = None) -> Value:
-        if self.position_tables:
+        if self.batched:
             size = size._replace(batch=1)
         return super().new(size, dtype, category)
 
@@ -86,17 +146,65 @@ class Decoding(Prefill):
         self.window = window  # tokens that a sliding layer was left with; None: all so far
         self.before: list[list[Value]] = []
 
-    def new(self, size: Size, dtype: str, category: str | None = None) -> Value:
-        beyond = self.policy.beyond_window and slides(self.arch, self.layer)
+    def stored(self, size: Size) -> Size:
+        """What is really allocated for a size of the description."""
         if size.seq < 2:
-            stored = size._replace(seq=0)
-        elif beyond:
-            stored = Size(size.count * (self.arch.sliding_window or 1), size.batch, 0)
-        else:
-            stored = size._replace(seq=size.seq - 1)
-        value = super().new(stored, dtype, category)
-        value.size = size if not self.position_tables else size._replace(batch=1)
+            return size._replace(seq=0)
+        if self.policy.beyond_window and slides(self.arch, self.layer):
+            return Size(size.numel * (self.arch.sliding_window or 1), size.batch, 0)
+        return size._replace(seq=size.seq - 1)
+
+    def new(self, size: Size, dtype: str, category: str | None = None) -> Value:
+        value = super().new(self.stored(size), dtype, category)
+        value.size = size if not self.batched else size._replace(batch=1)
         return value
+
+    def new_wide(self, heads: int, dtype: str) -> Value:
+        size = Size(heads, 1, 2)
+        column = self.new(Size(heads, 1, 1), dtype)
+        pair = Pair(self, len(self.sizes), column.storage)
+        stored = self.stored(size)
+        self.sizes.append((stored.numel * ITEMSIZE[dtype], stored.batch, stored.seq))
+        self.categories.append(self.category)
+        return Value(self, pair, size, dtype)
+
+    def alibi(self, heads: int, dtype: str) -> Value:
+        """The padding mask, of which positions are made, has a column for every cached token."""
+        positions = self.new(Size(1, 1, 2), "int64")
+        biases = self.new(Size(heads, 1, 2), "fp32")
+        del positions
+        return self.to(biases, dtype)
+
+    def grouped_forward(
+        self,
+        x: Value,
+        index: Value,
+        scores: Value,
+        stack: Stack,
+        gate: Callable[[Value], Value],
+        weight: Callable[[str], Value],
+    ) -> Value:
+        """integrations/moe.py batched_mm_experts_forward.
+
+        generation/utils.py _optimize_model_for_decode: on a GPU every step after the prompt takes
+        it in place of grouped_mm, however many tokens there are. It copies the weights of the
+        experts that each token visits; those of gate_up_proj live until down_proj's are copied.
+        """
+        active, hidden, width = stack.active, stack.hidden, stack.width
+        rows = Size(active, 1, 1)
+        selected = self.new(rows.times(hidden), x.dtype)
+        expert_ids = self.constant(rows, "int64")
+        weights = self.take(weight("gate_up_proj"), expert_ids, rows.times(2 * width * hidden))
+        bias = self.expert_bias(stack, "gate_up_proj", expert_ids, rows)
+        out = self.new(rows.times(2 * width), weights.dtype)
+        out = gate(out)
+        weights = self.take(weight("down_proj"), expert_ids, rows.times(width * hidden))
+        bias = self.expert_bias(stack, "down_proj", expert_ids, rows)
+        out = self.new(rows.times(hidden), weights.dtype)
+        weighted = out * scores.alias(rows)
+        final = self.mix(weighted, active)
+        del selected, bias
+        return self.to(final, x.dtype)
 
     def fill(self, dtype: str) -> None:
         """What earlier steps left, of every layer."""
@@ -113,7 +221,7 @@ class Decoding(Prefill):
         before = self.before[self.layer]
         kept = []
         for v in (key, value):
-            kept.append(self.new(Size(v.size.count, 1, 2), v.dtype, CACHE))
+            kept.append(self.new(Size(v.size.numel, 1, 2), v.dtype, CACHE))
             if not slides(self.arch, self.layer):
                 before.pop(0)
         before.clear()
@@ -155,11 +263,13 @@ def slides(arch: Architecture, layer: int) -> bool:
 def cache_widths(arch: Architecture) -> tuple[int, int]:
     """Elements a token of a layer's two cache tensors: keys and values, or (MLA) the latents.
 
-    modeling_deepseek_v2.py and _v3.py cache the compressed keys and values and the rotated key.
+    modeling_deepseek_v2.py and _v3.py cache the compressed keys and values and the rotated key;
+    modeling_falcon.py's new decoder (40b) caches a group's key once for each of its queries.
     """
     if arch.latent is not None:
         return arch.latent.key_value_rank, arch.latent.rope_head_dim
-    width = arch.kv_heads * arch.head_dim
+    repeated = arch.family == "falcon" and arch.figure("grouped")
+    width = (arch.heads if repeated else arch.kv_heads) * arch.head_dim
     return width, width
 
 
@@ -193,12 +303,14 @@ def _record(g: Prefill, arch: Architecture) -> Recording:
     model = family(arch.family)(arch, g)
     _hook(model, g)
     g.mark("forward", "cache")
+    before = None
     if isinstance(g, Decoding):
         g.fill(g.policy.dtype)
+        before = g.new(Size(arch.vocab_size, 1, 0), "fp32", "logits")  # next_token_logits
     g.mark("forward", "inputs")
-    hidden = record._hidden_states(g, model)
+    hidden = record.hidden_states(g, model)
     # logits_to_keep=1: the head sees the last token alone, through a view
-    logits = model.head(hidden.alias(Size(hidden.size.count, 1, 0)))
+    logits = model.head(hidden.alias(Size(hidden.size.numel, 1, 0)))
     del hidden
     g.mark("forward", "next token")
     scores = g.new(logits.size, "fp32", "logits")
@@ -207,28 +319,35 @@ def _record(g: Prefill, arch: Architecture) -> Recording:
     recording = Recording(
         tuple(g.marks), events, list(g.sizes), list(g.categories), len(g.epilogues)
     )
-    del scores, logits
+    del scores, logits, before
     return recording
 
 
 def _hook(model: Any, g: Prefill) -> None:
     """Between projections and attention the model's attention calls the cache."""
-    name = "expand_kv" if model.arch.latent is not None else "attend"
-    run, use = model.run, getattr(model, name)
+    run = model.run
 
     def noted(x: Value, layer: int, tables: Any) -> Value:
-        g.layer = layer
+        g.enter(layer)
         result: Value = run(x, layer, tables)
         return result
 
+    model.run = noted
+    if model.arch.latent is not None:
+        model.expand_kv = _cached(model.expand_kv, g, 0)
+    for name in ATTENTION:
+        if hasattr(model, name):
+            setattr(model, name, _cached(getattr(model, name), g, 1))
+
+
+def _cached(use: Callable[..., Any], g: Prefill, first: int) -> Callable[..., Any]:
+    """`use`, whose arguments `first` and the next are keys and values, from the cache."""
+
     def cached(*args: Any) -> Any:
-        key, value = args[:2] if name == "expand_kv" else args[1:3]
-        g.update(key, value)
-        del key, value
+        g.update_once(*args[first : first + 2])
         return use(*args)
 
-    model.run = noted
-    setattr(model, name, cached)
+    return cached
 
 
 def _rebind(given: Sequence[Value], kept: Sequence[Value]) -> None:

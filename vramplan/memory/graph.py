@@ -10,15 +10,7 @@ from __future__ import annotations
 from vramplan.memory import outliers
 from vramplan.memory.fused_heads import FusedHeads
 from vramplan.memory.precision import Policy
-from vramplan.memory.tape import (
-    ITEMSIZE,
-    LEAF_ORDER,
-    Node,
-    Parameter,
-    Size,
-    Storage,
-    Value,
-)
+from vramplan.memory.values import ITEMSIZE, LEAF_ORDER, Node, Parameter, Size, Storage, Value
 
 FUSED_MAX_HEAD = 256  # sdp_utils.cpp, check_head_dim_size_flash and check_cudnn_tensor_shapes
 ABSMAX_BLOCK = 64  # 4-bit weights share an absmax in blocks of 64 (bitsandbytes' default)
@@ -214,7 +206,7 @@ class Graph(FusedHeads):
     ) -> Storage:
         """int8_mixed_scaled_mm: the input's outlier columns are kept, the weight's dequantized."""
         itemsize = ITEMSIZE[x.dtype]
-        kept.append(self.allocate((x.size.count * itemsize, x.tail, outliers.ROWS)))
+        kept.append(self.allocate((x.size.numel * itemsize, x.tail, outliers.ROWS)))
         packed = self.allocate((n_in * n_out, x.tail, outliers.COLUMNS))
         scaled = self.allocate((n_in * n_out * 4, x.tail, outliers.COLUMNS))
         weight = self.allocate((n_in * n_out * 4, x.tail, outliers.COLUMNS))
@@ -239,42 +231,6 @@ class Graph(FusedHeads):
         weight = self.parameter(name, n_out, n_in)
         offset = self.parameter(bias, n_out) if isinstance(bias, str) else None
         return self.dense(x, weight, offset, n_in, n_out)
-
-    def split_heads(self, x: Value) -> Value:
-        """view + transpose: no copy; backward a copy unless the gradient lies so already."""
-        size, dtype = x.size, x.dtype
-
-        def compute() -> Value:
-            out = Value(self, x.storage, size, dtype)
-            out.strided = True
-            return out
-
-        def backward(grad: Value) -> Value:
-            return (
-                Value(self, grad.storage, size, dtype, view=True)
-                if grad.strided
-                else self.new(size, dtype)
-            )
-
-        return self.record((x,), lambda: (), compute, backward)
-
-    def dense_heads(self, x: Value) -> Value:
-        """reshape before bmm: heads that lie behind tokens in memory are copied (batch > 1)."""
-        if not x.strided or self.policy.single_sequence:
-            return x
-        return self.clone(x)
-
-    def scores(self, q: Value, k: Value, heads: int) -> Value:
-        """query @ key^T: batch x heads x sequence x sequence."""
-        return self.matmul(self.dense_heads(q), self.dense_heads(k), Size(heads, 1, 2))
-
-    def weighted(self, weights: Value, v: Value, heads: int) -> Value:
-        """weights @ value"""
-        rows = Size(heads * (v.size.count // heads), 1, 1)
-        return self.matmul(weights, self.dense_heads(v), rows)
-
-    def empty_scores(self, heads: int, dtype: str) -> Value:
-        return self.constant(Size(heads, 1, 2), dtype)
 
     def causal_mask(self, x: Value) -> Value | None:
         """masking_utils.eager_mask: batch x 1 x sequence x sequence in the hidden states' dtype.
@@ -373,10 +329,6 @@ class Graph(FusedHeads):
         if x.node is None:
             x.node = Node(LEAF_ORDER, [], (x.storage,), lambda grad: ())
         return x
-
-    def constant(self, size: Size, dtype: str) -> Value:
-        """A tensor without history: masks, position tables."""
-        return self.new(size, dtype)
 
     def table(self, count: int, dtype: str, positions: bool = False) -> Value:
         """A constant of `count` elements, in all or for every position."""

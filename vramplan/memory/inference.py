@@ -15,7 +15,6 @@ from vramplan.errors import InvalidValue
 from vramplan.hardware.catalogue import Gpu, Gpus, warnings_for
 from vramplan.memory import allocator
 from vramplan.memory.estimate import Model, _gpus, resolve
-from vramplan.memory.facts import check_positions
 from vramplan.memory.generation import (
     BEFORE,
     CACHE,
@@ -25,6 +24,7 @@ from vramplan.memory.generation import (
     prefill_program,
     slides,
 )
+from vramplan.memory.legality import check_positions
 from vramplan.memory.program import Program
 from vramplan.memory.states import layout
 from vramplan.models.architecture import Architecture, Dropouts

@@ -12,10 +12,10 @@ from itertools import pairwise
 from types import FunctionType
 from typing import Any
 
-from vramplan.memory import record as recording
 from vramplan.memory.precision import Policy
-from vramplan.memory.record import Mark, Recorder, Recording
-from vramplan.memory.tape import ITEMSIZE, Size, Storage, Tape, Value
+from vramplan.memory.record import Mark, Recorder, Recording, record_on
+from vramplan.memory.tape import Made, Tape
+from vramplan.memory.values import ITEMSIZE, Size, Storage, Value
 from vramplan.models.architecture import Architecture
 from vramplan.models.blocks import family
 
@@ -83,10 +83,10 @@ class LabellingRecorder(Recorder):
         self,
         inputs: Sequence[Value],
         saved: Callable[[], Sequence[Value | None]],
-        compute: Callable[[], Any],
+        compute: Callable[[], Made],
         backward: Callable[..., Any],
         context: Callable[[], Any] | None = None,
-    ) -> Any:
+    ) -> Made:
         before = self.order
         out = super().record(inputs, saved, compute, backward, context)
         if self.order > before:
@@ -149,24 +149,12 @@ def labelled_step(arch: Architecture, policy: Policy) -> Labelled:
     """What `record_step` records, with labels."""
     description = family(arch.family)
     g = LabellingRecorder(policy, description)
-    recorded = _record(g, description(arch, g))
+    recorded = record_on(g, arch)
     for index in range(len(recorded.sizes)):  # a reduction's buffer is born without `new`
         g.labels.setdefault(index, Label(when="summed"))
         g.itemsizes.setdefault(index, 1)
     savers = {index: tuple(rules) for index, rules in g.savers.items()}
     return Labelled(recorded, g.labels, g.itemsizes, savers)
-
-
-def _record(g: Recorder, model: Any) -> Recording:
-    """What record_step does with a Recorder of its own."""
-    g.mark("forward", "inputs")
-    loss = recording._compute_loss(g, model)
-    g.category = "temporary"
-    g.begin_backward()
-    g.backward(loss)
-    g.mark("end", "end")
-    events = g.events[: g.marks[-1].start]
-    return Recording(tuple(g.marks), events, g.sizes, g.categories, len(g.epilogues))
 
 
 def _source(rules: list[FunctionType]) -> str:

@@ -7,7 +7,7 @@ torch/csrc/autograd/custom_function.h and functions/tensor.cpp (CopySlices::appl
 from __future__ import annotations
 
 from vramplan.memory.sinks import Sinks
-from vramplan.memory.tape import Size, Value
+from vramplan.memory.values import Size, Value
 
 
 class Latent(Sinks):
@@ -19,7 +19,7 @@ class Latent(Sinks):
         Each copies the whole gradient, clones its slice (the part's gradient), and all but the
         first make zeros for what the slice held before.
         """
-        size, dtype = Size(nope.size.count + rope.size.count, 1, 1), nope.dtype
+        size, dtype = Size(nope.size.numel + rope.size.numel, 1, 1), nope.dtype
         parts = (nope.size, rope.size)
 
         def first_backward(grad: Value) -> Value:
@@ -62,7 +62,7 @@ class Latent(Sinks):
                 part.strided = grad.strided
             return parts
 
-        size = Size(a.size.count + b.size.count, 1, 1)
+        size = Size(a.size.numel + b.size.numel, 1, 1)
         return self.record((a, b), lambda: (), lambda: self.new(size, dtype), backward)
 
     def frequencies(self, width: int) -> Value:

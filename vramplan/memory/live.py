@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
-from vramplan.memory.labels import Label, Labelled
-from vramplan.memory.program import Point, Program, _powers
 from vramplan.memory import outliers
+from vramplan.memory.labels import Label, Labelled
+from vramplan.memory.program import Point, Program, powers_of
 from vramplan.memory.reduction import REDUCTION
 from vramplan.memory.terms import Term
 
@@ -31,7 +31,7 @@ def live_terms(
     seq: int,
 ) -> list[Term]:
     """The storages that live at the peak of section `index`, equal ones of one origin together."""
-    table = dict(zip(program.classes, program.sizes(_powers(batch, seq)), strict=True))
+    table = dict(zip(program.classes, program.sizes(powers_of(batch, seq)), strict=True))
     recording = labelled.recording
     sizes = [
         table[(s[0], s[1], s[2], c)]

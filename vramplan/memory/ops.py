@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vramplan.memory.tape import Size, Tape, Value
+from vramplan.memory.tape import Tape
+from vramplan.memory.values import Size, Value
 
 WIDTH = {"bool": 0, "int64": 0, "bf16": 1, "fp16": 1, "fp32": 2}
 
@@ -24,6 +25,10 @@ def promote(a: str, b: str) -> str:
 class Elementwise(Tape):
     """Pointwise, reduction and view ops."""
 
+    def constant(self, size: Size, dtype: str) -> Value:
+        """A tensor without history: masks, position tables."""
+        return self.new(size, dtype)
+
     def add(self, a: Value, b: Value) -> Value:
         """add.Tensor: saves nothing; both inputs receive the same gradient tensor."""
         big = a if a.size.rank() >= b.size.rank() else b
@@ -35,7 +40,7 @@ class Elementwise(Tape):
 
         return self.record((a, b), lambda: (), compute, lambda grad: (grad, grad.alias()))
 
-    def mul(self, a: Value, b: Value | float) -> Value:
+    def mul(self, a: Value, b: Value | Probability) -> Value:
         """mul.Tensor: each side saves the other; mul.Scalar and div.Scalar save nothing."""
         if not isinstance(b, Value):
             return self.unary(a, saves_input=False)
@@ -223,7 +228,7 @@ class Elementwise(Tape):
 
     def cat(self, values: Sequence[Value]) -> Value:
         """cat: saves nothing, is contiguous; the gradients are views of the incoming one."""
-        count = sum(v.size.count for v in values)
+        count = sum(v.size.numel for v in values)
         big = max(values, key=lambda v: v.size.rank())
         dtype = big.dtype
         for v in values:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vramplan.memory.allocator import rounded
+from vramplan.memory.reduction import buffer_bytes
 from vramplan.memory.states import Layout, Trained
 from vramplan.recipe.optimizers import (
     BNB_BLOCK_ELEMENTS,
@@ -36,6 +37,8 @@ class Stepping:
     """In CUDA managed memory: not counted by torch, moved to the host under pressure."""
     transient: int
     """While a step runs, beyond weights, gradients and states."""
+    largest: int = 0
+    """The largest single temporary of a step that goes parameter by parameter."""
 
 
 def stepping(optimizer: Optimizer, layout: Layout, allocator: str) -> Stepping:
@@ -49,7 +52,13 @@ def stepping(optimizer: Optimizer, layout: Layout, allocator: str) -> Stepping:
                 states += t.count * rounded(nbytes, allocator)
     if optimizer.package == "bitsandbytes" and optimizer.bits == 8:
         states += optimizer_tables(optimizer)
-    return Stepping(states, managed, _transient(optimizer, layout, allocator))
+    largest = max((t.numel for t in layout.trained), default=0) * FP32
+    return Stepping(
+        states,
+        managed,
+        _transient(optimizer, layout, allocator),
+        rounded(largest, allocator) if optimizer.factored else 0,
+    )
 
 
 def optimizer_tables(optimizer: Optimizer) -> int:
@@ -105,6 +114,8 @@ def _adafactor(layout: Layout, allocator: str) -> int:
             continue  # biases and norms come last: Trainer puts them in a group of their own
         size = rounded(t.numel * FP32, allocator)
         copies = 2 * size if t.itemsize < FP32 else 0
-        peak = max(peak, copies + previous + 2 * size)
+        columns = t.shape[-1]
+        mean = buffer_bytes(columns, t.numel // columns)  # update.mean(dim=-2)
+        peak = max(peak, copies + previous + 2 * size, copies + size + mean)
         previous = size
     return peak

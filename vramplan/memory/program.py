@@ -9,10 +9,11 @@ with every storage rounded as the allocator rounds it.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from operator import ge, mul
 
 from vramplan.memory import outliers
@@ -91,20 +92,15 @@ class Program:
 
     def sizes(self, powers: Sequence[int]) -> list[int]:
         """Bytes of each class as the allocator hands them out, in blocks of 512."""
-        return [
-            (
-                (n * powers[POSITION[i, j]] if j >= 0 else reckoned(n, i, j, powers))
-                + CUDA_BLOCK
-                - 1
-            )
-            // CUDA_BLOCK
-            * CUDA_BLOCK
+        asked = (
+            n * powers[POSITION[i, j]] if j >= 0 else reckoned(n, i, j, powers)
             for n, i, j, _ in self.classes
-        ]
+        )
+        return [-(-size // CUDA_BLOCK) * CUDA_BLOCK for size in asked]
 
     def walk(self, batch: int, seq: int) -> list[Point]:
         """The sections in order, with bytes relative to the start of the step."""
-        powers = _powers(batch, seq)
+        powers = powers_of(batch, seq)
         sizes = self.sizes(powers)
         live, points = 0, []
         for section in self.sections:
@@ -119,7 +115,7 @@ class Program:
 
     def live_at(self, points: list[Point], index: int, batch: int, seq: int) -> dict[str, int]:
         """Bytes by category at the highest instant of section `index`."""
-        sizes = self.sizes(_powers(batch, seq))
+        sizes = self.sizes(powers_of(batch, seq))
         out: Counter[str] = Counter()
         for point in points[:index]:
             self._add(out, sizes, point.section.net, point.section.repeats)
@@ -143,7 +139,8 @@ def reckoned(n: int, i: int, kind: int, powers: Sequence[int]) -> int:
     return outliers.nbytes(n, i, kind, tokens)
 
 
-def _powers(batch: int, seq: int) -> tuple[int, ...]:
+def powers_of(batch: int, seq: int) -> tuple[int, ...]:
+    """The value of each of MONOMIALS."""
     return tuple(batch**i * seq**j for i, j in MONOMIALS)
 
 
@@ -160,19 +157,19 @@ def reduce_recording(recording: Recording) -> Program:
         table.setdefault((*size, category), len(table))
         for size, category in zip(recording.sizes, recording.categories, strict=True)
     ]
-    keys = tuple(table)
-    weight = _birth_repeats(recording)
+    effects = [_effect(key) for key in table]
+    copies = _birth_repeats(recording)
     sections = []
-    for mark, following in zip(recording.marks, recording.marks[1:], strict=False):
+    for mark, following in pairwise(recording.marks):
         events = recording.events[mark.start : following.start]
-        sections.append(_reduce(mark, events, classes, keys, weight if mark.gathers else {}))
-    return Program(tuple(sections), keys, recording.epilogues)
+        sections.append(_reduce(mark, events, classes, effects, copies if mark.gathers else {}))
+    return Program(tuple(sections), tuple(table), recording.epilogues)
 
 
 def _birth_repeats(recording: Recording) -> dict[int, int]:
     """For storages born in a repeated section: how many of them there are."""
     out = {}
-    for mark, following in zip(recording.marks, recording.marks[1:], strict=False):
+    for mark, following in pairwise(recording.marks):
         if mark.repeats > 1:
             for event in recording.events[mark.start : following.start]:
                 if event >= 0:
@@ -180,64 +177,83 @@ def _birth_repeats(recording: Recording) -> dict[int, int]:
     return out
 
 
+def _effect(key: Key) -> tuple[int, int]:
+    """(monomial, coefficient) that a storage of a class adds; -1 of a reduction's buffer."""
+    n, i, j, _ = key
+    if j == REDUCTION:
+        return -1, 0
+    if j < 0:
+        typical = n * outliers.share(i, outliers.TYPICAL_TOKENS)
+        return POSITION[(1, 1) if j == outliers.ROWS else (0, 0)], int(typical)
+    return POSITION[i, j], n
+
+
 def _reduce(
     mark: Mark,
     events: Sequence[int],
     classes: Sequence[int],
-    keys: Sequence[Key],
-    weight: Mapping[int, int],
+    effects: Sequence[tuple[int, int]],
+    copies: Mapping[int, int],
 ) -> Section:
-    """The net change, and the local maxima that no other one exceeds for every size."""
+    """The net change, and the local maxima that no other one exceeds for every size.
+
+    `copies`: of the storages freed here that stand for several, how many.
+    """
     live = [0] * len(MONOMIALS)
     tops: list[Top] = []
     rising, buffer = False, -1
     for position, event in enumerate(events):
         if event >= 0:
-            rising, sign = True, 1
+            rising = True
+            found = classes[event]
+            monomial, coefficient = effects[found]
+            if monomial < 0:
+                buffer = found
+            else:
+                live[monomial] += coefficient
+            continue
+        if rising:
+            tops.append((tuple(live), position, buffer))
+            rising = False
+        monomial, coefficient = effects[classes[~event]]
+        if monomial < 0:
+            buffer = -1
         else:
-            if rising:
-                tops.append((tuple(live), position, buffer))
-                rising = False
-            event = ~event
-            sign = -weight.get(event, 1)
-        n, i, j, _ = keys[classes[event]]
-        if j == REDUCTION:
-            buffer = classes[event] if sign > 0 else -1
-        elif j < 0:
-            typical = n * outliers.share(i, outliers.TYPICAL_TOKENS)
-            live[POSITION[(1, 1) if j == outliers.ROWS else (0, 0)]] += sign * int(typical)
-        else:
-            live[POSITION[i, j]] += sign * n
+            live[monomial] -= coefficient * copies.get(~event, 1)
     if rising:
         tops.append((tuple(live), len(events), buffer))
-    instants = tuple(
-        replace(_instant(polynomial, events[:stop], classes, weight), buffer=buffer)
-        for polynomial, stop, buffer in _prune(tops)
-    )
-    net = _instant(tuple(live), events, classes, weight)
-    return Section(mark.phase, mark.name, mark.repeats, net, instants)
+    net = (tuple(live), len(events), -1)
+    *instants, change = _instants([*_prune(tops), net], events, classes, copies)
+    return Section(mark.phase, mark.name, mark.repeats, change, tuple(instants))
 
 
-def _instant(
-    polynomial: tuple[int, ...],
-    events: Sequence[int],
-    classes: Sequence[int],
-    weight: Mapping[int, int],
-) -> Instant:
-    counts: Counter[int] = Counter()
-    for event in events:
-        if event >= 0:
-            counts[classes[event]] += 1
-        else:
-            counts[classes[~event]] -= weight.get(~event, 1)
-    kept = [(c, n) for c, n in counts.items() if n]
-    return Instant(polynomial, tuple(c for c, _ in kept), tuple(n for _, n in kept))
+def _instants(
+    tops: Sequence[Top], events: Sequence[int], classes: Sequence[int], copies: Mapping[int, int]
+) -> list[Instant]:
+    """Instants in the order of `tops`, in one pass through the events."""
+    counts: defaultdict[int, int] = defaultdict(int)
+    found: dict[int, Instant] = {}
+    passed = 0
+    for k in sorted(range(len(tops)), key=lambda k: tops[k][1]):
+        polynomial, position, buffer = tops[k]
+        for event in events[passed:position]:
+            if event >= 0:
+                counts[classes[event]] += 1
+            else:
+                counts[classes[~event]] -= copies.get(~event, 1)
+        passed = position
+        kept = [pair for pair in counts.items() if pair[1]]
+        found[k] = Instant(
+            polynomial, tuple([c for c, _ in kept]), tuple([n for _, n in kept]), buffer
+        )
+    return [found[k] for k in range(len(tops))]
 
 
 def _prune(tops: list[Top]) -> list[Top]:
     """Drop instants that another exceeds in every coefficient: they can never be the highest."""
     kept: list[Top] = []
-    for top in sorted(tops, key=lambda t: (-sum(t[0]), -t[2])):
+    unlike = {(top[0], top[2]): top for top in reversed(tops)}  # the first of equal ones
+    for top in sorted(unlike.values(), key=lambda t: (-sum(t[0]), -t[2])):
         if not any(top[2] in (-1, other[2]) and all(map(ge, other[0], top[0])) for other in kept):
             kept.append(top)
     return kept

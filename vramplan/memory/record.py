@@ -12,7 +12,7 @@ from typing import Any
 
 from vramplan.memory.experts import Experts
 from vramplan.memory.precision import Policy
-from vramplan.memory.tape import LEAF_ORDER, Value
+from vramplan.memory.values import LEAF_ORDER, Value
 from vramplan.models.architecture import Architecture
 from vramplan.models.blocks import family
 
@@ -64,22 +64,30 @@ class Recorder(Experts):
             self.bounds.pop()
             self._mark_backward(self.bounds[-1][1])
 
+    def recording(self) -> Recording:
+        """What was recorded up to now."""
+        self.mark("end", "end")
+        events = self.events[: self.marks[-1].start]
+        return Recording(tuple(self.marks), events, self.sizes, self.categories, len(self.epilogues))
+
     def _mark_backward(self, forward: Mark) -> None:
         self.marks.append(replace(forward, phase="backward", start=len(self.events)))
 
 
 def record_step(arch: Architecture, policy: Policy) -> Recording:
     """Record one micro-batch, from the inputs to the end of backward."""
-    g = Recorder(policy)
+    return record_on(Recorder(policy), arch)
+
+
+def record_on(g: Recorder, arch: Architecture) -> Recording:
+    """What record_step does, with a recorder that may note more."""
     model = family(arch.family)(arch, g)
     g.mark("forward", "inputs")
     loss = _compute_loss(g, model)
     g.category = "temporary"
     g.begin_backward()
     g.backward(loss)
-    g.mark("end", "end")
-    events = g.events[: g.marks[-1].start]
-    return Recording(tuple(g.marks), events, g.sizes, g.categories, len(g.epilogues))
+    return g.recording()
 
 
 def _compute_loss(g: Recorder, model: Any) -> Value:
@@ -97,12 +105,13 @@ def _compute_loss(g: Recorder, model: Any) -> Value:
 
 
 def _forward(g: Recorder, model: Any) -> tuple[Value, Value]:
-    hidden = _hidden_states(g, model)
+    hidden = hidden_states(g, model)
     logits = model.head(hidden)
     return g.loss(logits, model.arch.vocab_size), logits
 
 
-def _hidden_states(g: Recorder, model: Any) -> Value:
+def hidden_states(g: Recorder, model: Any) -> Value:
+    """The layers' forward and the final norm: what the head is given."""
     x: Value = model.embed()
     tables = model.prepare(x)
     for layers, repeats in layers_to_run([model.kind(i) for i in range(model.arch.layers)]):

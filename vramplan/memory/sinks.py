@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from vramplan.memory.graph import Graph
 from vramplan.memory.ops import promote
-from vramplan.memory.tape import ITEMSIZE, Size, Storage, Tape, Value
+from vramplan.memory.tape import Tape
+from vramplan.memory.values import ITEMSIZE, Size, Storage, Value
 
 
 class Pair(Storage):

@@ -14,7 +14,7 @@ from functools import lru_cache
 from vramplan.errors import UnknownName
 from vramplan.memory.allocator import rounded
 from vramplan.memory.precision import Policy
-from vramplan.memory.tape import ITEMSIZE
+from vramplan.memory.values import ITEMSIZE
 from vramplan.models.architecture import Architecture
 from vramplan.models.tensors import Tensor, inventory
 

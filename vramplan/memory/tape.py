@@ -1,213 +1,26 @@
 """A tape: what a training step allocates and frees, in the order in which PyTorch does it.
 
-A `Value` stands for a tensor: its storage, its size as a monomial in batch and sequence, its dtype
-and the autograd node that made it. Storages live exactly as long as something holds them: a local
-variable of the model's description (descriptions mirror the model's code, so their variables die
-when the model's would), a node that saved them for backward, or the backward engine. Every birth
-and death is appended to `Tape.events`; evaluating the tape for a batch and a sequence is then
-arithmetic on integers.
+Every birth and death of a storage (values.py) is appended to `Tape.events`; evaluating the tape for
+a batch and a sequence is then arithmetic on integers.
 
 Sources: torch/csrc/autograd/engine.cpp (order of nodes, release of saved variables),
-input_buffer.cpp (accumulation), functions/accumulate_grad.h (stealing of gradients),
-torch/utils/checkpoint.py (non-reentrant checkpointing with early stop); torch 2.11-2.13.
+input_buffer.cpp (accumulation), functions/accumulate_grad.h (stealing of gradients); torch
+2.11-2.13.
 """
 
 from __future__ import annotations
 
 import heapq
+import sys
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
+from vramplan.memory.checkpoint import Frame, Holder, Saver, StopRecomputation, unpack
 from vramplan.memory.reduction import REDUCTION
+from vramplan.memory.values import ITEMSIZE, LEAF_ORDER, Node, Parameter, Size, Storage, Value
 
-ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2, "int64": 8, "int32": 4, "int8": 1, "bool": 1}
-LEAF_ORDER = 1 << 60  # AccumulateGrad runs as soon as it is ready (sequence_nr = UINT64_MAX)
-
-
-class Size(NamedTuple):
-    """Number of elements: `count` x batch^`batch` x sequence^`seq`."""
-
-    count: int
-    batch: int = 0
-    seq: int = 0
-
-    def times(self, factor: int) -> Size:
-        return Size(self.count * factor, self.batch, self.seq)
-
-    def per(self, divisor: int) -> Size:
-        whole, rest = divmod(self.count, divisor)
-        assert rest == 0, (self, divisor)
-        return Size(whole, self.batch, self.seq)
-
-    def at(self, batch: int, seq: int) -> int:
-        return int(self.count * batch**self.batch * seq**self.seq)
-
-    def rank(self) -> int:
-        """For comparing two sizes that broadcast against each other: any typical shape will do."""
-        return self.at(61, 99_991)
-
-
-class Storage:
-    """One allocation. Its birth and death are written to the tape; CPython counts its holders."""
-
-    __slots__ = ("__weakref__", "index", "tape")
-
-    def __init__(self, tape: Tape, index: int) -> None:
-        self.tape = tape
-        self.index = index
-        tape.events.append(index)
-
-    def __del__(self) -> None:
-        self.tape.events.append(~self.index)
-
-
-class Parameter:
-    """A weight. It lives outside the tape; only its gradient is born there."""
-
-    __slots__ = ("cast", "dtype", "grad", "name", "node", "requires_grad", "size")
-
-    def __init__(self, name: str, size: Size, dtype: str, requires_grad: bool) -> None:
-        self.name, self.size, self.dtype, self.requires_grad = name, size, dtype, requires_grad
-        self.grad: Value | None = None
-        self.node: Node | None = None  # its AccumulateGrad
-        self.cast: Value | None = None  # autocast's cached copy
-
-
-class Value:
-    """A tensor: `storage` is None for what lives outside the tape (weights and buffers)."""
-
-    __slots__ = (
-        *("dtype", "node", "parameter", "size", "slot", "storage", "strided", "tail", "tape"),
-        "view",
-    )
-
-    def __init__(
-        self,
-        tape: Any,
-        storage: Storage | None,
-        size: Size,
-        dtype: str,
-        node: Node | None = None,
-        slot: int = 0,
-        view: bool = False,
-    ) -> None:
-        self.tape, self.storage, self.size, self.dtype = tape, storage, size, dtype
-        self.node, self.slot, self.view = node, slot, view
-        self.strided = False  # heads before tokens in shape, tokens before heads in memory
-        self.tail = 0  # deviation of a gated product's factors (outliers.py), in millionths
-        self.parameter: Parameter | None = None
-
-    @property
-    def requires_grad(self) -> bool:
-        return self.node is not None
-
-    def alias(self, size: Size | None = None) -> Value:
-        """A view that autograd passes through unchanged (view, transpose of a dense tensor)."""
-        value = Value(self.tape, self.storage, size or self.size, self.dtype, self.node, self.slot)
-        value.strided, value.parameter = self.strided, self.parameter
-        return value
-
-    # Descriptions read like the models' code: operators and methods call the tape's rules.
-    def __add__(self, other: Value) -> Value:
-        return self.tape.add(self, other)
-
-    def __sub__(self, other: Value) -> Value:
-        return self.tape.add(self, other)
-
-    def __mul__(self, other: Value | float) -> Value:
-        return self.tape.mul(self, other)
-
-    def __truediv__(self, other: float) -> Value:
-        return self.tape.mul(self, other)
-
-    def __neg__(self) -> Value:
-        return self.tape.neg(self)
-
-    def __getattr__(self, rule: str) -> Callable[..., Any]:
-        if rule.startswith("__"):
-            raise AttributeError(rule)
-        function = getattr(self.tape, rule)
-        return lambda *args, **kwargs: function(self, *args, **kwargs)
-
-
-class Node:
-    """One autograd node: its edges, what it saved, and its backward rule.
-
-    `saved` holds storages kept alive for backward; `context` holds what a Python autograd function
-    keeps on its `ctx` as plain attributes, which saved-tensor hooks (checkpointing) never see.
-    """
-
-    __slots__ = ("backward", "buffers", "context", "edges", "expected", "order", "saved", "waiting")
-
-    def __init__(
-        self,
-        order: int,
-        edges: list[tuple[Node, int] | None],
-        saved: Sequence[Storage | None],
-        backward: Callable[..., Any],
-        outputs: int = 1,
-    ) -> None:
-        self.order, self.edges, self.saved, self.backward = order, edges, saved, backward
-        self.expected: list[tuple[Size, str]] = []  # size and dtype of the input behind each edge
-        self.context: Any = None
-        self.buffers: list[Value | None] = [None] * outputs
-        self.waiting = 0
-
-    def __lt__(self, other: Node) -> bool:
-        return self.order > other.order  # the engine's queue: later nodes first
-
-
-class StopRecomputation(Exception):
-    """Raised when a checkpointed block has recomputed all that backward will ask for."""
-
-
-class Holder:
-    """What a node of a checkpointed call holds in place of a saved tensor."""
-
-    __slots__ = ("__weakref__", "frame", "position")
-
-    def __init__(self, frame: Frame, position: int) -> None:
-        self.frame, self.position = frame, position
-
-
-class Frame:
-    """One checkpointed call: recomputes its saved tensors when backward first asks for one.
-
-    What nodes saved that died in forward already (nothing depended on them) is computed again,
-    but not kept.
-    """
-
-    __slots__ = ("count", "holders", "recompute", "recomputed")
-
-    def __init__(self, recompute: Callable[[Frame], Any]) -> None:
-        self.recompute = recompute  # takes the frame: holding it would be a cycle
-        self.recomputed: dict[int, Storage | None] | None = None
-        self.holders: list[weakref.ref[Holder]] = []
-        self.count = 0
-
-
-class Saver:
-    """What happens to a tensor that a node saves: kept, or (checkpointing) given to a frame."""
-
-    __slots__ = ("frame", "inner", "position")
-
-    def __init__(self, frame: Frame, inner: bool) -> None:
-        self.frame, self.inner, self.position = frame, inner, 0
-
-    def pack(self, storages: Sequence[Storage | None]) -> range:
-        start = self.position
-        for storage in storages:
-            if self.inner:
-                assert self.frame.recomputed is not None
-                if self.frame.holders[self.position]() is not None:
-                    self.frame.recomputed[self.position] = storage
-            self.position += 1
-            if self.inner and self.position == self.frame.count:
-                raise StopRecomputation
-        if not self.inner:
-            self.frame.count = self.position
-        return range(start, self.position)
+Made = TypeVar("Made", bound="Value | tuple[Value, ...]")
 
 
 class Tape:
@@ -234,7 +47,7 @@ class Tape:
     # -- storages -----------------------------------------------------------------------------
     def new(self, size: Size, dtype: str, category: str | None = None) -> Value:
         """A fresh tensor."""
-        nbytes = (size.count * ITEMSIZE[dtype], size.batch, size.seq)
+        nbytes = (size.numel * ITEMSIZE[dtype], size.batch, size.seq)
         return Value(self, self.allocate(nbytes, category), size, dtype)
 
     def allocate(self, size: tuple[int, int, int], category: str | None = None) -> Storage:
@@ -259,23 +72,25 @@ class Tape:
         self,
         inputs: Sequence[Value],
         saved: Callable[[], Sequence[Value | None]],
-        compute: Callable[[], Any],
+        compute: Callable[[], Made],
         backward: Callable[..., Any],
         context: Callable[[], Any] | None = None,
-    ) -> Any:
+    ) -> Made:
         """Run an op: pack what it saves of its inputs, compute its output(s), attach its node.
 
         C++ nodes save their inputs before the kernel runs, so a checkpointed recomputation that
         stops early at the last saved tensor never runs that last kernel. `saved` may return None
         for inputs that live outside the tape. Outputs that are saved are packed by `save_output`.
         """
-        if not self.grad_enabled or not any(v.node is not None for v in inputs):
+        if not self.grad_enabled:
             return compute()
         edges = [(v.node, v.slot) if v.node is not None else None for v in inputs]
+        if not any(edges):
+            return compute()
         kept = self.pack([v.storage if v is not None else None for v in saved()])
         out = compute()
         self.order += 1
-        values = out if isinstance(out, tuple) else (out,)
+        values: tuple[Value, ...] = out if isinstance(out, tuple) else (out,)
         node = Node(self.order, edges, kept, backward, len(values))
         node.expected = [(v.size, v.dtype) for v in inputs]
         if context is not None:
@@ -288,7 +103,7 @@ class Tape:
         """Let `out`'s node save `out` itself (softmax, rsqrt, ...) and by-products."""
         if out.node is not None:
             more = self.pack([v.storage for v in (out, *others)])
-            out.node.saved = _join(out.node.saved, more)
+            out.node.saved = [*out.node.saved, *more]
 
     def pack(self, storages: Sequence[Storage | None]) -> Sequence[Any]:
         if self.saver is None:
@@ -350,7 +165,7 @@ class Tape:
                 if edge is not None:
                     self._deliver(edge[0], edge[1], grad, queue)
                 del grad
-            edges = ()
+            del edges
         self.grad_enabled = True
 
     def passed(self, order: int) -> None:
@@ -362,7 +177,7 @@ class Tape:
         Before that validate_outputs sums what was broadcast and casts to the inputs' dtypes, one
         by one. What a checkpoint recomputed for it is its own no longer than its formula runs.
         """
-        saved = _unpack(node)
+        saved = unpack(node)
         buffers, node.buffers = node.buffers, []
         result = node.backward(*buffers)
         grads: list[Value | None] = list(result) if isinstance(result, tuple) else [result]
@@ -381,9 +196,9 @@ class Tape:
     def sum_to(self, grad: Value, size: Size) -> Value:
         """sum_to_size: over tokens it takes a buffer (reduction.py) while it runs."""
         out = self.new(size, grad.dtype)
-        per_token, rest = divmod(grad.size.count, size.count)
+        per_token, rest = divmod(grad.size.numel, size.numel)
         if grad.size[1:] == (1, 1) and size[1:] == (0, 0) and not rest:
-            buffer = self.allocate((size.count, per_token, REDUCTION), "temporary")
+            buffer = self.allocate((size.numel, per_token, REDUCTION), "temporary")
             del buffer
         return out
 
@@ -403,13 +218,7 @@ class Tape:
         return old
 
 
-def _join(saved: Any, more: Any) -> Any:
-    return [*saved, *more]
-
-
 def _shared(storage: Storage | None) -> bool:
-    import sys
-
     # holders: the Value's slot, this argument, getrefcount's own argument
     return storage is None or sys.getrefcount(storage) > 3
 
@@ -424,20 +233,6 @@ def _count_dependencies(root: Node) -> None:
                 if id(node) not in seen:
                     seen.add(id(node))
                     stack.append(node)
-
-
-def _unpack(node: Node) -> list[Storage | None]:
-    out: list[Storage | None] = []
-    for item in node.saved:
-        if isinstance(item, Holder):
-            frame = item.frame
-            if frame.recomputed is None:
-                frame.recompute(frame)
-            assert frame.recomputed is not None
-            out.append(frame.recomputed.pop(item.position))
-        else:
-            out.append(item)
-    return out
 
 
 def accumulate_grad(tape: Tape, parameter: Parameter) -> Callable[..., Any]:

@@ -11,8 +11,8 @@ from vramplan.memory.estimate import Estimate
 from vramplan.memory.optimizers import _states, optimizer_tables
 from vramplan.memory.precision import Policy
 from vramplan.memory.states import _is_quantized, _loaded
-from vramplan.memory.tape import ITEMSIZE
 from vramplan.memory.timeline import INPUT_TENSORS, TOKEN
+from vramplan.memory.values import ITEMSIZE
 from vramplan.models.tensors import Tensor, inventory
 from vramplan.recipe.optimizers import Optimizer, find_optimizer
 

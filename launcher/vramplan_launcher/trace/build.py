@@ -16,23 +16,41 @@ from vramplan_launcher.trace.counting import Counter
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+TEXT = "text_config"
+"""Where vision-language configs keep those of their text model."""
 
 
-def hf_config(config: dict[str, Any], layers: int | None = None) -> Any:
-    """A transformers config object of a `config.json`, cut to `layers` layers where given."""
+def hf_config(config: dict[str, Any], layers: int | None = None, code: str | None = None) -> Any:
+    """A transformers config object of a `config.json`, cut to `layers` layers where given.
+
+    `code` is a local folder whose own classes (`auto_map`) are run: its user trusts them.
+    """
     from transformers import AutoConfig
 
-    values = {k: v for k, v in config.items() if k not in ("torch_dtype", "dtype", "auto_map")}
+    values = {k: v for k, v in config.items() if k not in ("torch_dtype", "dtype")}
     values.pop("quantization_config", None)
     if layers is not None:
         values = cut_depth(values, layers)
+    if code is not None:
+        made = AutoConfig.from_pretrained(code, trust_remote_code=True)
+        for key, value in values.items():
+            if key in DEPTH_KEYS or key == TEXT or isinstance(value, list):
+                setattr(made, key, value)
+        return made
+    values.pop("auto_map", None)
     model_type = values.pop("model_type")
     return AutoConfig.for_model(model_type, **values)
 
 
 def cut_depth(values: dict[str, Any], layers: int) -> dict[str, Any]:
-    """The config with `layers` layers; per-layer lists are cut too."""
-    found = [k for k in DEPTH_KEYS if k in values] or ["num_hidden_layers"]
+    """The config with `layers` layers; per-layer lists are cut too.
+
+    Of a vision-language model, the text model is cut: text is what passes through it.
+    """
+    found = [k for k in DEPTH_KEYS if k in values]
+    if not found and isinstance(values.get(TEXT), dict):
+        return {**values, TEXT: cut_depth(values[TEXT], layers)}
+    found = found or ["num_hidden_layers"]
     out = dict(values)
     depth = values.get(found[0])
     for key in found:
@@ -43,19 +61,64 @@ def cut_depth(values: dict[str, Any], layers: int) -> dict[str, Any]:
     return out
 
 
-def skeleton(config: Any, recipe: dict[str, Any]) -> nn.Module:
-    """The model on the meta device, as `from_pretrained` makes it first."""
-    from transformers import AutoModelForCausalLM
+def model_class(config: Any) -> Any:
+    """transformers' Auto class with a head that gives a loss over text for this config.
 
+    Encoder-decoders before causal models: some (BART) have both, and the whole is what trains.
+    Raises UserError where transformers has no such class.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoModelForSeq2SeqLM
+
+    from vramplan.errors import UserError
+
+    classes: list[Any] = [AutoModelForCausalLM, AutoModelForImageTextToText]
+    pairs = getattr(config, "is_encoder_decoder", False)
+    classes.insert(0 if pairs else 2, AutoModelForSeq2SeqLM)
+    own = getattr(config, "auto_map", None) or {}
+    for auto in classes:
+        if auto.__name__ in own or type(config) in auto._model_mapping:
+            return auto
+    raise UserError(
+        f"transformers has no class that trains {config.model_type!r} on text (causal, "
+        "encoder-decoder or image-text-to-text)"
+    )
+
+
+def skeleton(config: Any, recipe: dict[str, Any], code: str | None = None) -> nn.Module:
+    """The model on the meta device, as `from_pretrained` makes it first."""
+    trust = {} if code is None else {"trust_remote_code": True}
+    auto, attention = model_class(config), recipe["attention"]
+    family: Any = auto._model_mapping.get(type(config), None)
+    if attention == "sdpa" and family is not None and not family._supports_sdpa:
+        attention = "eager"  # as from_pretrained takes where nothing is asked for
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
+        model = auto.from_config(
             config,
             dtype=DTYPES[recipe["dtype"]],
-            attn_implementation=recipe["attention"],
+            attn_implementation=attention,
+            **trust,
         )
+    keep_in_fp32(model, DTYPES[recipe["dtype"]])
     if recipe["quantization"]:
         quantized.replace_linears(model, recipe, compute_dtype(recipe))
     return model
+
+
+def keep_in_fp32(model: Any, dtype: torch.dtype) -> None:
+    """What the family's class keeps in fp32 whatever dtype is asked for.
+
+    Source: transformers modeling_utils.py `_get_dtype_plan`, core_model_loading.py (5.17).
+    """
+    from transformers.core_model_loading import build_glob_alternation
+
+    plan = list(model._get_dtype_plan(dtype))
+    if not plan:
+        return
+    wanted = build_glob_alternation(plan)[0]
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if wanted.search(name) and value.is_floating_point():
+            value.data = value.data.to(torch.float32)
 
 
 def materialize(model: nn.Module, dtype: torch.dtype) -> None:
@@ -149,7 +212,7 @@ def plain_adapter_cast() -> Iterator[None]:
         torch.__future__.set_swap_module_params_on_conversion(before)
 
 
-def add_lora(model: nn.Module, recipe: dict[str, Any]) -> nn.Module:
+def add_lora(model: Any, recipe: dict[str, Any]) -> nn.Module:
     """`get_peft_model` with the recipe's LoRA."""
     from peft import LoraConfig, get_peft_model
 
@@ -157,7 +220,7 @@ def add_lora(model: nn.Module, recipe: dict[str, Any]) -> nn.Module:
     rank = lora["rank"]
     alpha = lora.get("alpha") or 2 * rank
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
         r=rank,
         lora_alpha=alpha,
         lora_dropout=lora.get("dropout", 0.05),
@@ -167,6 +230,27 @@ def add_lora(model: nn.Module, recipe: dict[str, Any]) -> nn.Module:
         return get_peft_model(
             model, config, autocast_adapter_dtype=lora.get("dtype", "fp32") == "fp32"
         )
+
+
+def layers_of(model: nn.Module) -> list[str]:
+    """Names of the layers: the members of every module list that is in no other one."""
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    outer = [a for a in lists if not any(a.startswith(f"{b}.") for b in lists)]
+    return [f"{name}.{i}" for name in outer for i in range(len(model.get_submodule(name)))]  # type: ignore[arg-type]
+
+
+def head_of(model: Any) -> str:
+    """The name of the module that makes the logits; "" where the model does not tell."""
+    head = model.get_output_embeddings()
+    return next((name for name, module in model.named_modules() if module is head), "")
+
+
+def input_names(model: Any) -> tuple[str, ...]:
+    """What a text batch hands to the model: ids, labels and a mask, where its forward takes one."""
+    names = ("input_ids", "labels", "attention_mask")
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    parameters = inspect.signature(inner.forward).parameters
+    return tuple(name for name in names if name in parameters)
 
 
 def accepts_loss_kwargs(model: Any) -> bool:

@@ -18,6 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from vramplan_launcher.trace import engine
 from vramplan_launcher.trace.blocks import Block, Blocks
 
 aten = torch.ops.aten
@@ -71,7 +72,10 @@ Scratch = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], int]
 
 
 class Counter(TorchDispatchMode):
-    """Counts live bytes; `watch_peak` keeps the list of storages at each phase's peak."""
+    """Counts live bytes; `watch_peak` keeps the list of storages at each phase's peak.
+
+    `notice` maps an operation to what is called with its arguments before it runs.
+    """
 
     def __init__(
         self,
@@ -96,8 +100,9 @@ class Counter(TorchDispatchMode):
         self.phase = "load"
         self.phases: list[Phase] = []
         self._scratch = scratch or {}
-        self._replaced = replaced or {}
+        self.replaced = replaced or {}
         self._answer = answer
+        self.notice: dict[Any, Callable[..., None]] = {}
         self._elsewhere: set[int] = set()
         self._outside = 0
         self.blocks = blocks
@@ -113,7 +118,12 @@ class Counter(TorchDispatchMode):
         if func is aten._local_scalar_dense.default and self._answer is not None:
             made = self.storages.get(args[0].untyped_storage()._cdata)
             return self._answer(args[0], made.op if made else "")
-        replaced = self._replaced.get(func)
+        if func is aten.add.Tensor and engine.adds_in_place(args, kwargs):
+            return args[0]
+        notice = self.notice.get(func)
+        if notice is not None:
+            notice(*args, **kwargs)
+        replaced = self.replaced.get(func)
         out = replaced(func, *args, **kwargs) if replaced else func(*args, **kwargs)
         self.take(out, func)
         scratch = self._scratch.get(func)

@@ -21,6 +21,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from vramplan.memory import outliers
 from vramplan_launcher.trace.reduction import Processors
 
 
@@ -144,14 +145,44 @@ def _rows(tensor: torch.Tensor) -> int:
     return tensor.numel() // tensor.shape[-1]
 
 
-def _int8_quant(func: Any, rows: torch.Tensor, threshold: float = 0.0) -> Any:
-    """Rows of int8 with their scales; no column is an outlier, as with random weights."""
-    columns = torch.empty(0, dtype=torch.int64) if threshold > 0.0 else None
-    return (
-        torch.empty(rows.shape, dtype=torch.int8),
-        torch.empty(_rows(rows), dtype=torch.float32),
-        columns,
-    )
+class Outliers:
+    """How many columns of a linear's input int8 keeps in their own precision.
+
+    As reckoned for random weights (`vramplan.memory.outliers`): those of a gated product, which is
+    what a feed-forward's `down_proj` is given; no other input reaches the threshold.
+    """
+
+    def __init__(self, model: Any, counter: Any) -> None:
+        config = model.config.get_text_config()
+        hidden = getattr(config, "hidden_size", 0)
+        deviation = getattr(config, "initializer_range", 0.02) * hidden**0.5
+        self.deviation = int(deviation * outliers.MICRO)
+        self.counter = counter
+        self.fed: set[str] = set()
+        for name, module in model.named_modules():
+            gated = hasattr(module, "gate_proj") or hasattr(module, "gate_up_proj")
+            if gated and isinstance(getattr(module, "down_proj", None), nn.Module):
+                self.fed.add(f"{name}.down_proj")
+
+    def columns(self, rows: torch.Tensor) -> int:
+        """Outlier columns of `rows`, the input of the linear that is running."""
+        name = self.counter.module.removeprefix("base_model.model.").removesuffix(".base_layer")
+        if name not in self.fed:
+            return 0
+        return int(rows.shape[-1] * outliers.share(self.deviation, _rows(rows)))
+
+
+def _int8_quant(columns: Callable[[torch.Tensor], int]) -> Callable[..., Any]:
+    """Rows of int8 with their scales, and which columns are outliers."""
+
+    def kernel(func: Any, rows: torch.Tensor, threshold: float = 0.0) -> Any:
+        return (
+            torch.empty(rows.shape, dtype=torch.int8),
+            torch.empty(_rows(rows), dtype=torch.float32),
+            torch.empty(columns(rows), dtype=torch.int64) if threshold > 0.0 else None,
+        )
+
+    return kernel
 
 
 def _int8_quant_scratch(func: Any, args: Any, kwargs: Any, out: Any) -> int:
@@ -161,16 +192,41 @@ def _int8_quant_scratch(func: Any, args: Any, kwargs: Any, out: Any) -> int:
 
 
 def _int8_mixed(
-    func: Any, rows: torch.Tensor, packed: torch.Tensor, weight: torch.Tensor, *rest: Any
+    func: Any,
+    rows: torch.Tensor,
+    packed: torch.Tensor,
+    weight: torch.Tensor,
+    row_scales: Any,
+    scales: Any,
+    columns: torch.Tensor | None = None,
+    bias: Any = None,
 ) -> Any:
+    """The result, and the outlier columns of the input (backends/default/ops.py)."""
     out = torch.empty((*packed.shape[:-1], weight.shape[0]), dtype=rows.dtype)
-    return out, torch.empty(0, dtype=rows.dtype)
+    if columns is None or not columns.numel():
+        return out, torch.empty(0, dtype=rows.dtype)
+    return out, torch.empty((_rows(rows), columns.numel()), dtype=rows.dtype)
+
+
+def _int8_scaled_scratch(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+    """The int32 product and, where the result is not fp16, the fp16 one before its cast."""
+    return int(out.numel() * (4 if out.dtype == torch.float16 else 6))
 
 
 def _int8_mixed_scratch(func: Any, args: Any, kwargs: Any, out: Any) -> int:
-    """The int32 product and, where the result is not fp16, the fp16 one before its cast."""
-    result = out[0] if isinstance(out, (tuple, list)) else out
-    return result.numel() * (4 if result.dtype == torch.float16 else 6)
+    """As without outliers; with them the weight's columns, dequantized, stay throughout.
+
+    `int8_vectorwise_dequant` makes two fp32 tensors of the columns' packed copy, before there is a
+    result; `output.addmm` makes a second result, after the int32 one has gone.
+    """
+    result = out[0]
+    plain = _int8_scaled_scratch(func, args, kwargs, result)
+    columns = args[5] if len(args) > 5 else kwargs.get("outlier_cols")
+    if columns is None or not columns.numel():
+        return plain
+    part = args[2].shape[0] * columns.numel()
+    size = result.numel() * result.element_size()
+    return int(max(part * (1 + 4 + 4) - size, part * result.element_size() + max(plain, size)))
 
 
 @functools.cache
@@ -229,13 +285,13 @@ def _gemm_scratch(capability: str, processors: Processors) -> Callable[..., int]
     return rule
 
 
-def kernels() -> dict[Any, Any]:
+def kernels(found: Outliers) -> dict[Any, Any]:
     """Replaced results of bitsandbytes' operations."""
     if not installed():
         return {}
     ops = torch.ops.bitsandbytes
     return {
-        ops.int8_vectorwise_quant.default: _int8_quant,
+        ops.int8_vectorwise_quant.default: _int8_quant(found.columns),
         ops.int8_mixed_scaled_mm.default: _int8_mixed,
     }
 
@@ -248,9 +304,26 @@ def scratch(capability: str, processors: Processors) -> dict[Any, Any]:
     return {
         ops.int8_vectorwise_quant.default: _int8_quant_scratch,
         ops.int8_mixed_scaled_mm.default: _int8_mixed_scratch,
-        ops.int8_scaled_mm.default: _int8_mixed_scratch,
+        ops.int8_scaled_mm.default: _int8_scaled_scratch,
         ops.gemm_4bit.default: _gemm_scratch(capability, processors),
     }
+
+
+def notices(added_bias: Callable[[Any], None], capability: str) -> dict[Any, Any]:
+    """4-bit products that dequantize the weight end in torch's own product with a bias."""
+    if not installed():
+        return {}
+
+    def gemm_4bit(
+        left: Any, packed: Any, shape: Any, absmax: Any, block: int, kind: str, *rest: Any, **kw: Any
+    ) -> None:
+        few = uses_custom_gemm(
+            left.dtype, _rows(left), tuple(shape), block, capability, Processors()
+        )
+        if not few:
+            added_bias(rest[0] if rest else kw.get("bias"))
+
+    return {torch.ops.bitsandbytes.gemm_4bit.default: gemm_4bit}
 
 
 def installed() -> bool:

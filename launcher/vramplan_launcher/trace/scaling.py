@@ -9,10 +9,10 @@ it changes evenly, so the most is at one of the two. Both are exact, and a test 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from vramplan_launcher.trace.build import DEPTH_KEYS
+from vramplan_launcher.trace.build import DEPTH_KEYS, TEXT
 from vramplan_launcher.trace.counting import Event, Phase
 from vramplan_launcher.trace.steps import Trace, trace
 
@@ -46,50 +46,107 @@ def period_of(config: dict[str, Any]) -> tuple[int, int] | None:
     return None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Deep:
+    """A trace, and the two shallower ones that it was reckoned from (both itself, if it was not).
+
+    What `small` and `large` have in common is found `times` further in the depth that was asked for.
+    """
+
+    trace: Trace
+    small: Trace
+    large: Trace
+    times: int
+    peaks: tuple[tuple[int, int], ...]
+    """Of every phase, where its peak is among the events of `small` and of `large`; -1: at its
+    start."""
+
+    @property
+    def layers(self) -> int | None:
+        """Layers of `large`, where they are fewer than the model's."""
+        return self.large.layers
+
+
 def trace_deep(config: dict[str, Any], recipe: Any = None, **options: Any) -> Trace:
     """As `trace`, for models of many equal layers in the time of few; exact.
 
     Falls back to tracing every layer where layers differ without a period, where the model is
     shallow, or where the two shallow traces don't run alike.
     """
-    depth, kinds = depth_of(config), period_of(config)
-    plain = options.get("layers") is not None or options.get("watch_peak")
-    if depth is None or kinds is None or plain:
+    if options.get("layers") is not None or options.get("watch_peak"):
         return trace(config, recipe, **options)
-    first, period = kinds
-    low = first + SHALLOW * period + (depth - first) % period
-    high = low + period
-    if depth <= high + 2 * period:
-        return trace(config, recipe, **options)
+    return run_deep(config, recipe, **options).trace
+
+
+def run_deep(config: dict[str, Any], recipe: Any = None, **options: Any) -> Deep:
+    """`trace_deep` with the events that it was reckoned from."""
     settings = {**options, "keep_events": True}
+    depths = _depths(config)
+    if depths is None:
+        return _every_layer(config, recipe, settings)
+    low, high, times = depths
     small = trace(config, recipe, **{**settings, "layers": low})
     large = trace(config, recipe, **{**settings, "layers": high})
-    times = (depth - high) // period
-    phases = _phases(small, large, times)
-    if phases is None:
-        return trace(config, recipe, **options)
-    return replace(
+    found = _phases(small, large, times)
+    if found is None:
+        return _every_layer(config, recipe, settings)
+    phases, peaks = found
+    whole = replace(
         large,
         phases=phases,
         parameters=_line(small.parameters, large.parameters, times),
         trainable_parameters=_line(small.trainable_parameters, large.trainable_parameters, times),
+        base_parameters=_line(small.base_parameters, large.base_parameters, times),
+        managed=_line(small.managed, large.managed, times),
+        layers=None,
     )
+    return Deep(trace=whole, small=small, large=large, times=times, peaks=tuple(peaks))
+
+
+def _depths(config: dict[str, Any]) -> tuple[int, int, int] | None:
+    """Layers of the two shallow traces, and how often what they differ by comes on top."""
+    depth, kinds = depth_of(config), period_of(config)
+    if depth is None or kinds is None:
+        inner = config.get(TEXT)
+        return _depths(inner) if depth is None and isinstance(inner, dict) else None
+    first, period = kinds
+    low = first + SHALLOW * period + (depth - first) % period
+    high = low + period
+    if depth <= high + 2 * period:
+        return None
+    return low, high, (depth - high) // period
+
+
+def _every_layer(config: dict[str, Any], recipe: Any, settings: dict[str, Any]) -> Deep:
+    run = trace(config, recipe, **settings)
+    peaks = []
+    for phase in run.phases:
+        events = _within(run, phase)
+        high = max(range(len(events)), key=lambda i: events[i].live, default=-1)
+        above = high >= 0 and events[high].live > phase.start
+        peaks.append((phase.first_event + high, phase.first_event + high) if above else (-1, -1))
+    return Deep(trace=run, small=run, large=run, times=0, peaks=tuple(peaks))
 
 
 def _line(low: int, high: int, times: int) -> int:
     return high + times * (high - low)
 
 
-def _phases(small: Trace, large: Trace, times: int) -> list[Phase] | None:
-    out = []
+def _phases(
+    small: Trace, large: Trace, times: int
+) -> tuple[list[Phase], list[tuple[int, int]]] | None:
+    phases, peaks = [], []
     for one, two in zip(small.phases, large.phases, strict=True):
-        peak = _peak(_within(small, one), _within(large, two), times)
-        if peak is None:
+        found = _peak(_within(small, one), _within(large, two), times)
+        if found is None:
             return None
+        most, low, high = found
         start = _line(one.start, two.start, times)
         end = _line(one.end, two.end, times)
-        out.append(Phase(two.name, start, end, max(peak, start, end)))
-    return out
+        inside = most > start
+        peaks.append((one.first_event + low, two.first_event + high) if inside else (-1, -1))
+        phases.append(Phase(two.name, start, end, max(most, start, end)))
+    return phases, peaks
 
 
 def _within(run: Trace, phase: Phase) -> Sequence[Event]:
@@ -100,8 +157,10 @@ def _kind(event: Event) -> tuple[bool, str, str]:
     return event.delta > 0, event.storage.op, event.storage.dtype
 
 
-def _peak(small: Sequence[Event], large: Sequence[Event], times: int) -> int | None:
-    """The extrapolated maximum, or None where the traces don't run alike."""
+def _peak(
+    small: Sequence[Event], large: Sequence[Event], times: int
+) -> tuple[int, int, int] | None:
+    """The extrapolated maximum and its two instants, or None where the traces don't run alike."""
     count = len(small)
     ahead = 0
     while ahead < count and _kind(small[ahead]) == _kind(large[ahead]):
@@ -111,9 +170,11 @@ def _peak(small: Sequence[Event], large: Sequence[Event], times: int) -> int | N
         behind += 1
     if ahead + behind < count:
         return None
-    most = 0
-    for index in range(ahead):
-        most = max(most, _line(small[index].live, large[index].live, times))
-    for index in range(1, behind + 1):
-        most = max(most, _line(small[-index].live, large[-index].live, times))
-    return most
+    pairs = [(index, index) for index in range(ahead)]
+    pairs += [(count - index, len(large) - index) for index in range(1, behind + 1)]
+    best = (0, -1, -1)
+    for low, high in pairs:
+        live = _line(small[low].live, large[high].live, times)
+        if live > best[0]:
+            best = (live, low, high)
+    return best

@@ -43,6 +43,14 @@ class Trace:
     parameters: int
     trainable_parameters: int
     counter: Counter
+    layers: int | None = None
+    """Where the depth was cut: to how many layers."""
+    head: str = ""
+    """The name of the module that makes the logits."""
+    base_parameters: int = 0
+    """Parameters of the model itself: without adapters, quantized ones as what they stand for."""
+    managed: int = 0
+    """Bytes of paged optimizer states, which are on no counter."""
 
     def step(self, number: int) -> dict[str, Phase]:
         """The phases of step `number` (the first is 1) by name; step 0 is load and prepare."""
@@ -65,13 +73,15 @@ def trace(
     processors: Processors | None = None,
     keep_events: bool = False,
     watch_peak: bool = False,
+    code: str | None = None,
 ) -> Trace:
     """Runs `steps` training steps of `recipe` on fake tensors and returns what was counted.
 
     `config` is a Hugging Face `config.json`; `recipe` is a `vramplan.Recipe` or a dict of its
     fields (those left out take its defaults); `layers` cuts the depth. `watch_peak` keeps the
     storages that are live at each phase's peak and end; `keep_events` keeps every allocation and
-    release in order. Sizes are bytes.
+    release in order. `code` is a local folder whose own model code is trusted and run. Sizes are
+    bytes.
     """
     if hasattr(recipe, "to_dict"):
         recipe = recipe.to_dict()
@@ -83,15 +93,18 @@ def trace(
             **reduction.scratch(processors),
             **quantized.scratch(compute_capability, processors),
         },
-        replaced={**cuda_ops.REPLACED, **quantized.kernels()},
+        replaced=dict(cuda_ops.REPLACED),
         answer=cuda_ops.answer_scalar,
         keep_events=keep_events,
         watch_peak=watch_peak,
         blocks=Blocks() if chosen["allocator"] == "default" else None,
     )
     with quiet():
-        skeleton = build.skeleton(build.hf_config(config, layers), chosen)
-    with cuda_semantics(counter), FakeTensorMode(allow_non_fake_inputs=True), counter, quiet():
+        skeleton = build.skeleton(build.hf_config(config, layers, code), chosen, code)
+    base = sum(p.numel() for p in skeleton.parameters())
+    counter.replaced |= quantized.kernels(quantized.Outliers(skeleton, counter))
+    paths = cuda_semantics(counter, compute_capability)
+    with paths, FakeTensorMode(allow_non_fake_inputs=True), counter, quiet():
         run = Run(skeleton, chosen, counter, compute_capability)
         run.load()
         run.prepare()
@@ -101,6 +114,10 @@ def trace(
             parameters=sum(p.numel() for p in run.model.parameters()),
             trainable_parameters=sum(p.numel() for p in run.model.parameters() if p.requires_grad),
             counter=counter,
+            layers=layers,
+            head=build.head_of(run.model),
+            base_parameters=base,
+            managed=run.managed(),
         )
 
 
@@ -113,13 +130,14 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def cuda_semantics(counter: Counter) -> Iterator[None]:
+def cuda_semantics(counter: Counter, capability: str) -> Iterator[None]:
     """CUDA's autocast lists and composite paths; transformers is told that nothing is traced."""
     import_utils: Any = importlib.import_module("transformers.utils.import_utils")
     was = import_utils.is_fake_tensor
     import_utils.is_fake_tensor = lambda _: False
     try:
-        with autocast.cuda_lists(), cuda_ops.cuda_paths(), quantized.cuda_backend(counter):
+        paths = cuda_ops.cuda_paths(capability)
+        with autocast.cuda_lists(), paths, quantized.cuda_backend(counter):
             yield
     finally:
         import_utils.is_fake_tensor = was
@@ -132,11 +150,28 @@ class Run:
         self, model: Any, recipe: dict[str, Any], counter: Counter, capability: str
     ) -> None:
         self.model: Any = model
+        self.running = [""]
+        """Names of the modules that run, the innermost last; in backward the layer is the first."""
         self.recipe = recipe
         self.counter = counter
         self.workspace = cuda_ops.CUBLAS_WORKSPACE.get(
             capability, cuda_ops.CUBLAS_WORKSPACE_DEFAULT
         )
+        self.epilogues: set[bool] = set()
+        counter.notice |= {
+            torch.ops.aten.addmm.default: self._added_bias,
+            **quantized.notices(self._added_bias, capability),
+        }
+
+    def _added_bias(self, bias: Any, *others: Any, **kwargs: Any) -> None:
+        """The first product with a bias makes cuBLASLt's workspace, one for each thread."""
+        engine = torch._C._current_autograd_node() is not None
+        if bias is None or bias.dim() != 1 or engine in self.epilogues:
+            return
+        self.epilogues.add(engine)
+        thread = "autograd" if engine else "forward"
+        name = f"cuBLASLt workspace ({thread} thread)"
+        self.counter.keep(cuda_ops.CUBLASLT_WORKSPACE, name, "workspace")
 
     def load(self) -> None:
         """`from_pretrained` onto the device."""
@@ -164,6 +199,7 @@ class Run:
         self._label_parameters()
         self._name_modules()
         self.loss_kwargs = build.accepts_loss_kwargs(self.model)
+        self.input_names = build.input_names(self.model)
         if recipe["mixed_precision"] != "no":
             self._wrap_forward(build.DTYPES[recipe["mixed_precision"]])
         with counter.outside():  # making it takes nothing on the device; what it imports might
@@ -192,7 +228,7 @@ class Run:
 
     def _name_modules(self) -> None:
         """Tells the counter which module is running."""
-        counter, stack = self.counter, [""]
+        counter, stack = self.counter, self.running
 
         def before(name: str) -> Any:
             def hook(module: nn.Module, args: Any) -> None:
@@ -209,12 +245,32 @@ class Run:
         for name, module in self.model.named_modules():
             module.register_forward_pre_hook(before(name))
             module.register_forward_hook(after, always_call=True)
+        if counter.events is not None:
+            self._name_backward()
+
+    def _name_backward(self) -> None:
+        """Tells the counter whose backward begins: the layer whose output's gradient arrives."""
+        counter = self.counter
+
+        def watch(name: str) -> Any:
+            def arrived(grad: torch.Tensor) -> None:
+                counter.module = self.running[0] = name
+
+            def hook(module: nn.Module, args: Any, out: Any) -> None:
+                first = out[0] if isinstance(out, (tuple, list)) else out
+                recomputed = torch._C._current_autograd_node() is not None
+                if isinstance(first, torch.Tensor) and first.requires_grad and not recomputed:
+                    first.register_hook(arrived)
+
+            return hook
+
+        for name in build.layers_of(self.model):
+            self.model.get_submodule(name).register_forward_hook(watch(name))
 
     def batch(self) -> dict[str, torch.Tensor]:
         """Token ids, labels and a mask of ones, int64."""
         shape = (self.recipe["batch_size"], self.recipe["seq_len"])
-        names = ("input_ids", "labels", "attention_mask")
-        return {name: torch.empty(shape, dtype=torch.int64) for name in names}
+        return {name: torch.empty(shape, dtype=torch.int64) for name in self.input_names}
 
     def train(self, steps: int) -> None:
         """`Trainer`'s inner loop."""
@@ -249,6 +305,11 @@ class Run:
             self.model.zero_grad()
         self.held += (norm,)
 
+    def managed(self) -> int:
+        """Bytes of the optimizer's states that are paged."""
+        values = [v for state in self.optimizer.state.values() for v in state.values()]
+        return sum(v.numel() * v.element_size() for v in values if getattr(v, "is_paged", False))
+
     def _steps_to_host(self) -> None:
         """torch's optimizers keep their step counters on the host, unless they are fused."""
         if any(group.get("fused") for group in self.optimizer.param_groups):
@@ -277,6 +338,7 @@ class Run:
     def backward(self, held: list[torch.Tensor]) -> torch.Tensor:
         """The rest of `training_step`; the graph is let go when it returns."""
         self.counter.category = "gradient"
+        self.counter.module = self.running[0] = ""
         loss = held.pop()
         if not self.loss_kwargs:
             loss = loss / self.recipe["gradient_accumulation_steps"]

@@ -1,73 +1,52 @@
-"""config.json -> Architecture: the one reader of Hugging Face's keys."""
+"""config.json -> Architecture: the one reader of Hugging Face's keys.
+
+A family's module is imported when one of its models is asked about.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from importlib import import_module
+from typing import Any, cast
 
 from vramplan.errors import ConfigError
 from vramplan.models.architecture import Architecture
-from vramplan.models.hf_config.deepseek import deepseek_v2, deepseek_v3
-from vramplan.models.hf_config.gemma import gemma, gemma2, gemma3, gemma3_text
-from vramplan.models.hf_config.bloom import bloom
-from vramplan.models.hf_config.falcon import falcon
-from vramplan.models.hf_config.gpt2 import gpt2
-from vramplan.models.hf_config.gpt_neox import gpt_neox
-from vramplan.models.hf_config.gptj import gptj
-from vramplan.models.hf_config.gpt_oss import gpt_oss
-from vramplan.models.hf_config.llama import llama
-from vramplan.models.hf_config.opt import opt
-from vramplan.models.hf_config.phi import phi
-from vramplan.models.hf_config.llama_kin import (
-    cohere,
-    glm,
-    granite,
-    mistral,
-    olmo,
-    olmo2,
-    phi3,
-    qwen2,
-    qwen3,
-    smollm3,
-    stablelm,
-    starcoder2,
-)
-from vramplan.models.hf_config.moe import mixtral, olmoe, qwen3_moe
 from vramplan.models.hf_config.reader import Config
 
-READERS: dict[str, Callable[[Config], Architecture]] = {
-    "gemma": gemma,
-    "gemma2": gemma2,
-    "gemma3": gemma3,
-    "gemma3_text": gemma3_text,
-    "bloom": bloom,
-    "falcon": falcon,
-    "gpt2": gpt2,
-    "gpt_neox": gpt_neox,
-    "gptj": gptj,
-    "phi": phi,
-    "llama": llama,
-    "mistral": mistral,
-    "qwen2": qwen2,
-    "qwen3": qwen3,
-    "smollm3": smollm3,
-    "granite": granite,
-    "olmo": olmo,
-    "olmo2": olmo2,
-    "stablelm": stablelm,
-    "starcoder2": starcoder2,
-    "cohere": cohere,
-    "glm": glm,
-    "glm4": glm,
-    "phi3": phi3,
-    "opt": opt,
-    "mixtral": mixtral,
-    "qwen3_moe": qwen3_moe,
-    "olmoe": olmoe,
-    "gpt_oss": gpt_oss,
-    "deepseek_v2": deepseek_v2,
-    "deepseek_v3": deepseek_v3,
+# model_type: "module:function", the module in this folder.
+READERS = {
+    "gemma": "gemma:gemma",
+    "gemma2": "gemma:gemma2",
+    "gemma3": "gemma:gemma3",
+    "gemma3_text": "gemma:gemma3_text",
+    "bloom": "bloom:bloom",
+    "falcon": "falcon:falcon",
+    "gpt2": "gpt2:gpt2",
+    "gpt_neox": "gpt_neox:gpt_neox",
+    "gptj": "gptj:gptj",
+    "phi": "phi:phi",
+    "llama": "llama:llama",
+    "mistral": "llama_kin:mistral",
+    "qwen2": "llama_kin:qwen2",
+    "qwen3": "llama_kin:qwen3",
+    "smollm3": "llama_kin:smollm3",
+    "granite": "llama_kin:granite",
+    "olmo": "llama_kin:olmo",
+    "olmo2": "llama_kin:olmo2",
+    "stablelm": "llama_kin:stablelm",
+    "starcoder2": "llama_kin:starcoder2",
+    "cohere": "llama_kin:cohere",
+    "glm": "llama_kin:glm",
+    "glm4": "llama_kin:glm",
+    "phi3": "llama_kin:phi3",
+    "opt": "opt:opt",
+    "mixtral": "moe:mixtral",
+    "qwen3_moe": "moe:qwen3_moe",
+    "olmoe": "moe:olmoe",
+    "gpt_oss": "gpt_oss:gpt_oss",
+    "deepseek_v2": "deepseek:deepseek_v2",
+    "deepseek_v3": "deepseek:deepseek_v3",
 }
 
 
@@ -88,7 +67,13 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
         raise _unknown(str(model_type))
     reader = Config(config)
     deviation = reader.number("initializer_range", 0.02, "init_std")
-    return replace(READERS[model_type](reader), initializer_range=deviation)
+    return replace(_reader(model_type)(reader), initializer_range=deviation)
+
+
+def _reader(model_type: str) -> Callable[[Config], Architecture]:
+    module, _, function = READERS[model_type].partition(":")
+    found = getattr(import_module(f"{__name__}.{module}"), function)
+    return cast("Callable[[Config], Architecture]", found)
 
 
 def _unknown(model_type: str) -> UnknownArchitecture:

@@ -1,0 +1,297 @@
+"""`trace_model`: what `vramplan.estimate` answers, from a trace. Importing this needs no torch."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vramplan.errors import UserError
+from vramplan.hardware.catalogue import Gpu, Gpus, parse_gpu, warnings_for
+from vramplan.memory import allocator
+from vramplan.memory.estimate import CATEGORIES
+from vramplan.memory.timeline import Phase
+from vramplan.recipe.optimizers import find_optimizer
+from vramplan.recipe.recipe import Recipe
+from vramplan.recipe.rules import cautions
+from vramplan_launcher.trace import cache
+
+if TYPE_CHECKING:
+    from vramplan.models.locate import Located
+    from vramplan_launcher.trace.scaling import Deep
+
+INSTALL = "pip install 'vramplan[launch]'"
+PHASES = ("load", "prepare", "forward", "backward", "optimizer_step")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Times:
+    """The phases of a steady step; their peaks are over all steps."""
+
+    all: Mapping[str, Phase]
+
+    def phases(self) -> Mapping[str, Phase]:
+        return self.all
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traced:
+    """A trace in the shape of an `Estimate`. Sizes are bytes on one GPU."""
+
+    id: str
+    recipe: Recipe
+    parameters: int
+    trainable_parameters: int
+    timeline: Times
+    breakdown: Mapping[str, int]
+    """Bytes by category at the peak; they add up to `peak_allocated`."""
+    managed: int
+    """Optimizer states in CUDA managed memory (paged optimizers)."""
+    workspace: int
+    versions: Mapping[str, str]
+    """Of the libraries whose code was traced."""
+    gpu: Gpus | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def peak_allocated(self) -> int:
+        """What torch.cuda.max_memory_allocated will say."""
+        return max(phase.peak for phase in self.timeline.all.values())
+
+    @property
+    def peak_phase(self) -> str:
+        """The first phase that reaches the peak."""
+        peak = self.peak_allocated
+        return next(name for name, p in self.timeline.all.items() if p.peak == peak)
+
+    @property
+    def overhead(self) -> dict[str, int]:
+        """What the device holds beyond `peak_allocated`."""
+        return {
+            "context": allocator.context(self.recipe.quantization),
+            "nccl": 0,
+            "allocator_slack": allocator.slack(self.peak_allocated, self.recipe.allocator),
+        }
+
+    @property
+    def required(self) -> int:
+        """The smallest device memory with which the run ends."""
+        return self.peak_allocated + sum(self.overhead.values())
+
+    @property
+    def available(self) -> int | None:
+        """As an Estimate's."""
+        if self.gpu is None:
+            return None
+        return self.gpu.gpu.capacity if self.gpu.free is None else self.gpu.free
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether `required` is available; None where no GPU was given."""
+        return None if self.available is None else self.required <= self.available
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What of the recipe and the card costs memory or may surprise."""
+        out = list(cautions(self.recipe))
+        if self.gpu is not None:
+            uses_bf16 = "bf16" in (self.recipe.dtype, self.recipe.mixed_precision)
+            out += warnings_for(self.gpu.gpu, uses_bf16=uses_bf16, attention=self.recipe.attention)
+        return tuple(out)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, with the keys of `Estimate.to_dict()`, and `via` and `versions`."""
+        return {
+            "schema": 1,
+            "via": "trace",
+            "versions": dict(self.versions),
+            "model": {
+                "id": self.id,
+                "parameters": self.parameters,
+                "trainable_parameters": self.trainable_parameters,
+            },
+            "recipe": self.recipe.to_dict(),
+            "peak_allocated": self.peak_allocated,
+            "peak_phase": self.peak_phase,
+            "phases": {
+                name: {"end": phase.end, "peak": phase.peak}
+                for name, phase in self.timeline.all.items()
+            },
+            "breakdown": dict(self.breakdown),
+            "overhead": self.overhead,
+            "required": self.required,
+            "managed": self.managed,
+            "gpu": None if self.gpu is None else self.gpu.to_dict(),
+            "fits": self.fits,
+            "warnings": list(self.warnings),
+        }
+
+
+class NotInstalled(UserError):
+    """The trace runs libraries that are not here."""
+
+
+def missing(recipe: Recipe) -> tuple[str, ...]:
+    """The packages that a trace of `recipe` runs and that are not installed; imports none."""
+    needed = ["torch", "transformers", "accelerate"]
+    if recipe.lora is not None:
+        needed.append("peft")
+    if recipe.quantization or find_optimizer(recipe.optimizer).package == "bitsandbytes":
+        needed.append("bitsandbytes")
+    if recipe.attention == "flash_attention_2":
+        needed.append("flash_attn")
+    return tuple(name for name in needed if importlib.util.find_spec(name) is None)
+
+
+def check_installed(recipe: Recipe) -> None:
+    """Raises NotInstalled, with the line that installs what a trace of `recipe` needs."""
+    lacking = missing(recipe)
+    if lacking == ("flash_attn",):
+        raise NotInstalled(
+            "a trace runs the libraries' own code, and flash-attn is not installed: install "
+            "vramplan[flash], or trace with --attention sdpa"
+        )
+    if lacking:
+        raise NotInstalled(
+            f"a trace runs the libraries' own code, and {' and '.join(lacking)} "
+            f"{'is' if len(lacking) == 1 else 'are'} not installed: {INSTALL}"
+        )
+
+
+def trace_model(
+    model: Any,
+    recipe: Recipe = Recipe(),  # noqa: B008
+    gpu: str | Gpu | Gpus | None = None,
+    *,
+    offline: bool | None = None,
+    trust_remote_code: bool = False,
+    use_cache: bool = True,
+) -> Traced:
+    """Trace the fine-tuning of `model` by `recipe`, or take the trace that was made before.
+
+    `model`: as for `vramplan.estimate`. `trust_remote_code`: run the Python files of a local folder.
+
+    Raises UserError for what is wrong with the input, NotInstalled where a trace must be made and
+    torch, transformers or another library that it runs is not there.
+    """
+    from vramplan.models.locate import locate
+
+    located = locate(model, offline=offline)
+    code = own_code(located, trust_remote_code)
+    card = parse_gpu(gpu) if isinstance(gpu, str) else Gpus(gpu=gpu) if isinstance(gpu, Gpu) else gpu
+    capability = capability_of(card)
+    key = cache.key(located.config, recipe, capability, code)
+    held = cache.read(key) if use_cache else None
+    if held is None:
+        held = _facts(run(located.config, recipe, capability, code))
+        cache.write(key, held)
+    return replace(_traced(held, located.id, recipe, card), notes=_notes(held, located))
+
+
+def own_code(located: Located, trusted: bool) -> str | None:
+    """The folder whose own Python a trace runs; None: the model needs none.
+
+    Raises UserError where it needs some, and is not trusted or not local.
+    """
+    if not located.config.get("auto_map") or _known(located.config):
+        return None
+    if not trusted:
+        raise UserError(
+            f"{located.id} has model code of its own (auto_map in its config.json): look at its "
+            "Python files, and pass --trust-remote-code to run them"
+        )
+    if located.path is None or not any(Path(located.path).parent.glob("*.py")):
+        raise UserError(
+            f"the code of {located.id} is not here: `hf download {located.id} --include '*.py' "
+            "'*.json' --local-dir FOLDER`, then trace that folder"
+        )
+    return str(Path(located.path).parent)
+
+
+def _known(config: Mapping[str, Any]) -> bool:
+    """Whether vramplan describes the architecture: then transformers has code for it too."""
+    from vramplan.models.hf_config import READERS
+
+    return config.get("model_type") in READERS
+
+
+def capability_of(card: Gpus | None) -> str:
+    """The card's compute capability; of an unknown card, a Hopper's."""
+    known = card is not None and not card.nominal and card.gpu.compute_capability
+    return known or "9.0"
+
+
+def run(
+    config: Mapping[str, Any], recipe: Recipe, capability: str = "9.0", code: str | None = None
+) -> Deep:
+    """The trace itself, of many equal layers only a few. Raises UserError for what transformers
+    or peft refuse."""
+    check_installed(recipe)
+    from vramplan_launcher.trace.scaling import run_deep
+
+    try:
+        return run_deep(dict(config), recipe, compute_capability=capability, code=code)
+    except UserError:
+        raise
+    except (ValueError, KeyError, ImportError, NotImplementedError) as error:
+        kind = config.get("model_type")
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"the libraries refuse this run of {kind!r}: {reason}") from error
+
+
+def traced(deep: Deep, name: str, recipe: Recipe, card: Gpus | None = None) -> Traced:
+    """A trace in the shape of an estimate."""
+    return _traced(_facts(deep), name, recipe, card)
+
+
+def _traced(held: dict[str, Any], name: str, recipe: Recipe, card: Gpus | None) -> Traced:
+    """From plain data, as it lies in the cache."""
+    return Traced(
+        id=name,
+        recipe=recipe,
+        parameters=held["parameters"],
+        trainable_parameters=held["trainable_parameters"],
+        timeline=Times(all={n: Phase(*held["phases"][n]) for n in PHASES}),
+        breakdown=held["breakdown"],
+        managed=held["managed"],
+        workspace=held["workspace"],
+        versions=held["versions"],
+        gpu=card,
+    )
+
+
+def _facts(deep: Deep) -> dict[str, Any]:
+    """What is kept of a trace: plain data."""
+    from vramplan_launcher.trace.categories import live_by_category
+
+    phases: dict[str, tuple[int, int]] = {}
+    highest = max(range(len(deep.trace.phases)), key=lambda i: deep.trace.phases[i].peak)
+    for phase in deep.trace.phases:
+        step, _, name = phase.name.partition(":")
+        name = {"clip": "optimizer_step", "step_end": ""}.get(name, name)
+        if name:
+            _, peak = phases.get(name, (0, 0))
+            phases[name] = (phase.end, max(peak, phase.peak))
+    live = live_by_category(deep, highest)
+    breakdown = {category: live.pop(category, 0) for category in CATEGORIES}
+    breakdown["temporary"] += sum(live.values())
+    counter = deep.large.counter
+    return {
+        "parameters": deep.trace.base_parameters,
+        "trainable_parameters": deep.trace.trainable_parameters,
+        "phases": phases,
+        "breakdown": breakdown,
+        "managed": deep.trace.managed,
+        "workspace": sum(
+            s.size for s in counter.storages.values() if s.category == "workspace"
+        ),
+        "versions": cache.versions(),
+    }
+
+
+def _notes(held: Mapping[str, Any], located: Located) -> tuple[str, ...]:
+    libraries = ", ".join(f"{name} {version}" for name, version in held["versions"].items())
+    said = [f"Traced, not estimated: the code of {libraries} ran on fake tensors"]
+    return tuple([*said, located.note] if located.note else said)
