@@ -182,7 +182,15 @@ def resolve(model: Model) -> tuple[str, Architecture, tuple[str, ...]]:
     from vramplan.models.locate import locate
 
     located = locate(model)
-    return located.id, architecture(located.config), (located.note,) if located.note else ()
+    notes = [located.note] if located.note else []
+    stored = located.config.get("quantization_config")
+    if stored:
+        method = stored.get("quant_method", "?") if isinstance(stored, Mapping) else stored
+        notes.append(
+            f"the checkpoint is stored quantized ({method}); estimated are the weights as "
+            "--dtype and --quantization say"
+        )
+    return located.id, architecture(located.config), tuple(notes)
 
 
 def _gpus(gpu: str | Gpu | Gpus | None) -> Gpus | None:

@@ -13,10 +13,9 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
-from vramplan.memory import record
 from vramplan.memory.precision import Policy
 from vramplan.memory.program import POSITION, Program, reduce_recording
-from vramplan.memory.record import Recorder, Recording
+from vramplan.memory.record import Recorder, Recording, hidden_states
 from vramplan.memory.sinks import Pair
 from vramplan.memory.values import ITEMSIZE, Size, Value
 from vramplan.models.architecture import Architecture
@@ -308,17 +307,13 @@ def _record(g: Prefill, arch: Architecture) -> Recording:
         g.fill(g.policy.dtype)
         before = g.new(Size(arch.vocab_size, 1, 0), "fp32", "logits")  # next_token_logits
     g.mark("forward", "inputs")
-    hidden = record.hidden_states(g, model)
+    hidden = hidden_states(g, model)
     # logits_to_keep=1: the head sees the last token alone, through a view
     logits = model.head(hidden.alias(Size(hidden.size.numel, 1, 0)))
     del hidden
     g.mark("forward", "next token")
     scores = g.new(logits.size, "fp32", "logits")
-    g.mark("end", "end")
-    events = g.events[: g.marks[-1].start]
-    recording = Recording(
-        tuple(g.marks), events, list(g.sizes), list(g.categories), len(g.epilogues)
-    )
+    recording = g.recording()
     del scores, logits, before
     return recording
 

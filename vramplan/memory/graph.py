@@ -7,6 +7,8 @@ nn/modules.py, backends/cuda/ops.py; transformers 5.17 loss/loss_utils.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from vramplan.memory import outliers
 from vramplan.memory.fused_heads import FusedHeads
 from vramplan.memory.precision import Policy
@@ -222,7 +224,8 @@ class Graph(FusedHeads):
     def activation(self, x: Value, name: str) -> Value:
         """ACT2FN: one kernel that saves its input (silu, gelu) or its output (relu, tanh)."""
         if name in ("gelu_new", "gelu_python", "gelu_fast", "quick_gelu"):
-            return getattr(self, name)(x)
+            rule: Callable[[Value], Value] = getattr(self, name)
+            return rule(x)
         return self.tanh(x) if name in ("relu", "tanh", "sigmoid") else self.silu(x)
 
     def head(self, x: Value, name: str, n_in: int, n_out: int, bias: str | bool) -> Value:

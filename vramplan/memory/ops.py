@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from vramplan.memory.tape import Tape
 from vramplan.memory.values import Size, Value
 
+Probability = float  # Elementwise has a method of that name
 WIDTH = {"bool": 0, "int64": 0, "bf16": 1, "fp16": 1, "fp32": 2}
 
 
@@ -258,7 +259,7 @@ class Elementwise(Tape):
 
         return self.record((x,), lambda: (), compute, lambda grad: self.new(size, dtype))
 
-    def dropout(self, x: Value, p: float) -> Value:
+    def dropout(self, x: Value, p: Probability) -> Value:
         """native_dropout (fused on CUDA): an output and a bool mask, the mask saved; p=0 is x."""
         if p <= 0:
             return x

@@ -61,5 +61,8 @@ def _card(gpus: Gpus) -> list[str]:
     if gpus.free is None and not gpus.nominal:
         said.append("Nothing else uses the card: no display, no other process.")
     if gpus.count > 1:
-        said.append(f"The run uses one of the {gpus.count} cards.")
+        said.append(
+            f"The run uses one of the {gpus.count} cards: CUDA_VISIBLE_DEVICES names it. Started "
+            "with several in sight, Trainer splits each batch over them with DataParallel."
+        )
     return said
