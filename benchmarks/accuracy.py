@@ -13,6 +13,7 @@ from pathlib import Path
 from measured import FOLDER, Run, recipe_of, runs
 
 from vramplan.memory.estimate import Estimate, estimate
+from vramplan.memory.inference import estimate_inference
 from vramplan.units import GIB
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "accuracy.md"
@@ -84,6 +85,36 @@ def caps() -> Iterator[str]:
         )
 
 
+def inference_table() -> Iterator[str]:
+    """The highest of prefill and later steps, and those steps alone, against measured runs."""
+    errors: list[tuple[float, str]] = []
+    rows = []
+    file = json.loads((FOLDER / "inference_gpu.json").read_text(encoding="utf-8"))
+    for run in file["runs"]:
+        e = estimate_inference(
+            run["config"],
+            dtype=run["dtype"],
+            attention=run["attn"],
+            batch_size=run["batch"],
+            context=run["prompt"] + run["new"],
+            prompt=run["prompt"],
+        )
+        assert e.decode is not None
+        peak = max(e.prefill.peak, e.decode.peak)
+        phase = "prefill" if peak == e.prefill.peak else "decode"
+        errors.append((percent(peak, run["peak"]), run["id"]))
+        rows.append(
+            f"| {run['id']} | {run['batch']} x ({run['prompt']} + {run['new']}) | {phase} "
+            f"| {run['peak'] / GIB:.3f} | {peak / GIB:.3f} | {errors[-1][0]:+.3f} % "
+            f"| {percent(e.decode.peak, run['decode']):+.3f} % "
+            f"| {e.cache_end - run['kv']:+d} B of {run['kv'] / GIB:.3f} GiB |"
+        )
+    yield summary(errors) + "\n"
+    yield "| run | tokens | peak in | measured GiB | estimate GiB | peak | decode | cache at end |"
+    yield "|---|---|---|---:|---:|---:|---:|---:|"
+    yield from rows
+
+
 def page() -> str:
     lines = [INTRO]
     everything: list[tuple[float, str]] = []
@@ -99,6 +130,11 @@ def page() -> str:
         "Runs under a cap on the allocator (expandable segments), the smallest that survived plus",
         "the CUDA context, against `required`.\n",
         *caps(),
+        "",
+        "## Inference\n",
+        "`generate` on one NVIDIA H100 (transformers 5.17, expandable segments). Models were made",
+        "on the GPU from their configurations, so there is no peak of loading among these.\n",
+        *inference_table(),
         "",
     ]
     return "\n".join(lines)

@@ -90,7 +90,7 @@ def test_the_wheel_holds_both_packages_their_data_and_nothing_else(tmp_path: Pat
     with zipfile.ZipFile(built) as archive:
         names = set(archive.namelist())
         (entry_points,) = (name for name in names if name.endswith("entry_points.txt"))
-        assert "vramplan = vramplan.cli.main:main" in archive.read(entry_points).decode()
+        assert "vramplan = vramplan.cli.main:run" in archive.read(entry_points).decode()
     assert Path(built).name.startswith(f"vramplan-{vramplan.__version__}-py3-none-any")
     assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {
         "vramplan",

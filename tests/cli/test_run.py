@@ -1,4 +1,4 @@
-"""The program's end: fast, and with nothing lost."""
+"""The program `vramplan`: its exit code arrives, and nothing is lost on the way out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Estimates against measured runs: each on its own, never only an average, because errors cancel."""
+"""Estimates against measured runs, each on its own: in an average errors cancel."""
 
 from __future__ import annotations
 

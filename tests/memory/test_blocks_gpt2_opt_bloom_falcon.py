@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from vramplan import LoRA, Recipe
-from vramplan.memory.precision import policy_of
-from vramplan.memory.program import reduce_recording
-from vramplan.memory.record import record_step
-from vramplan.memory.tape import Tape
-from vramplan.memory.values import Value
-from vramplan.models.hf_config import architecture
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -88,44 +83,9 @@ CASES = [
 ]
 
 
-@pytest.fixture
-def as_traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a trace on fake tensors does otherwise than a run, on both sides.
-
-    The engine never adds in place to a tensor subclass (input_buffer.cpp,
-    can_accumulate_inplace); and what _safe_softmax (SoftMax.cpp) makes inside, a mask, is not seen.
-    """
-    torch = pytest.importorskip("torch")
-    cuda_ops = pytest.importorskip("vramplan_launcher.trace.cuda_ops")
-
-    def added(self: Tape, old: Value, grad: Value) -> Value:
-        return self.new(old.size, old.dtype)
-
-    def mask(func: Any, args: Any, kwargs: Any, out: Any) -> int:
-        return int(out.numel())
-
-    monkeypatch.setattr(Tape, "_accumulate", added)
-    monkeypatch.setitem(cuda_ops.KERNEL_SCRATCH, torch.ops.aten._safe_softmax.default, mask)
-
-
-@pytest.mark.usefixtures("as_traced")
 @pytest.mark.parametrize(("variant", "name"), CASES)
-def test_closed_form_is_the_trace(variant: str, name: str) -> None:
-    """End and peak of forward and backward, within a thousandth of the step's peak."""
-    tracing = pytest.importorskip("vramplan_launcher.trace.steps")
+def test_closed_form_is_the_trace(
+    variant: str, name: str, agrees_with_trace: Callable[[dict[str, Any], Recipe], None]
+) -> None:
     config = {"model_type": variant.partition("-")[0], **VARIANTS[variant]}
-    recipe = RECIPES[name]
-
-    traced = tracing.trace(config, recipe).step(2)
-    forward, backward = traced["forward"], traced["backward"]
-    start = forward.start
-    expected = [p - start for p in (forward.end, forward.peak, backward.end, backward.peak)]
-
-    arch = architecture(config)
-    program = reduce_recording(record_step(arch, policy_of(recipe, arch)))
-    points = program.walk(recipe.batch_size, recipe.seq_len)
-    ahead = [p for p in points if p.section.phase == "forward"]
-    back = [p for p in points if p.section.phase == "backward"]
-    found = [ahead[-1].end, max(p.peak for p in ahead), back[-1].end, max(p.peak for p in back)]
-
-    assert found == pytest.approx(expected, rel=0, abs=max(expected) / 1000)
+    agrees_with_trace(config, RECIPES[name])

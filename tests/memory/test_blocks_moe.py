@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -83,24 +84,11 @@ CASES += [("deepseek_v3", name) for name in ("checkpointing", "fp32-mixed", "nf4
 
 
 @pytest.mark.parametrize(("variant", "name"), CASES)
-def test_closed_form_is_the_trace(variant: str, name: str) -> None:
-    """End and peak of forward and backward, within a thousandth of the step's peak."""
-    tracing = pytest.importorskip("vramplan_launcher.trace.steps")
+def test_closed_form_is_the_trace(
+    variant: str, name: str, agrees_with_trace: Callable[[dict[str, Any], Recipe], None]
+) -> None:
     config = {"model_type": variant.partition("-")[0], **SIZES, **VARIANTS[variant]}
-    recipe = RECIPES[name]
-
-    traced = tracing.trace(config, recipe).step(2)
-    forward, backward = traced["forward"], traced["backward"]
-    start = forward.start
-    expected = [p - start for p in (forward.end, forward.peak, backward.end, backward.peak)]
-
-    arch = architecture(config)
-    points = compile_step(arch, policy_of(recipe, arch)).walk(recipe.batch_size, recipe.seq_len)
-    ahead = [p for p in points if p.section.phase == "forward"]
-    back = [p for p in points if p.section.phase == "backward"]
-    found = [ahead[-1].end, max(p.peak for p in ahead), back[-1].end, max(p.peak for p in back)]
-
-    assert found == pytest.approx(expected, rel=0, abs=max(expected) / 1000)
+    agrees_with_trace(config, RECIPES[name])
 
 
 def forward_end(config: dict[str, Any], recipe: Recipe) -> int:

@@ -6,7 +6,7 @@ import pytest
 
 from vramplan.memory.graph import Graph
 from vramplan.memory.precision import Policy
-from vramplan.memory.tape import Tape
+from vramplan.memory.tape import ALONE, Tape, holders
 from vramplan.memory.values import Parameter, Size, Value
 
 N = Size(1000)
@@ -182,3 +182,28 @@ def test_a_second_micro_batch_adds_to_the_gradient_in_place() -> None:
         g.backward(y)
         del y
     assert live(g) == FP32
+
+
+def test_minus_negates_the_second_gradient() -> None:
+    g = graph()
+    a, b = trained(g, "a"), trained(g, "b")
+    # Of the mean, which `a` steals; a negated copy for `b`.
+    assert births(g, a - b) == [FP32, FP32]
+    assert g.shared["a"].grad.storage is not g.shared["b"].grad.storage  # type: ignore[union-attr]
+
+
+def test_minus_sums_what_was_broadcast() -> None:
+    g = graph()
+    a, b = trained(g, "a"), trained(g, "b", Size(10))
+    # Of the mean; negated in the size of the difference, then summed to b's ten.
+    assert births(g, a - b) == [FP32, FP32, 10 * 4]
+
+
+def test_a_storage_held_twice_is_not_alone() -> None:
+    g = graph()
+    x = g.new(N, "fp32")
+    assert holders(x) == ALONE
+    view = x.alias()
+    assert holders(x) == ALONE + 1
+    del view
+    assert holders(x) == ALONE

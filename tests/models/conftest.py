@@ -1,13 +1,17 @@
-"""Fixtures for what may reach for the network or the user's own cache."""
+"""Fixtures: what transformers builds; what may reach for the network or the user's own cache."""
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import constants
+
+from vramplan.models.hf_config import architecture
+from vramplan.models.tensors import inventory
 
 # Everything that moves the cache or keeps the Hub away, so that no test sees the user's own.
 VARIABLES = ["HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"]
@@ -41,3 +45,23 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     return tmp_path / "hf" / "hub"
+
+
+@pytest.fixture
+def same_names() -> Callable[[dict[str, Any]], None]:
+    """Holds names and shapes that are described of a config to those that transformers builds."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+
+    def hold(config: dict[str, Any]) -> None:
+        with torch.device("meta"):
+            built = transformers.AutoModelForCausalLM.from_config(
+                transformers.AutoConfig.for_model(**config)
+            )
+        described = inventory(architecture(config))
+        weights = {n: t.shape for t in described if t.role != "buffer" for n in t.names()}
+        assert weights == {n: tuple(p.shape) for n, p in built.named_parameters()}
+        buffers = {n: t.numel for t in described if t.role == "buffer" for n in t.names()}
+        assert buffers == {n: b.numel() for n, b in built.named_buffers()}
+
+    return hold

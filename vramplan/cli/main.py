@@ -7,10 +7,10 @@ our output went away.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any, NoReturn
 
 import click
@@ -24,6 +24,8 @@ INTERRUPTED = 130
 """128 + SIGINT, as shells count it."""
 BROKEN_PIPE = 141
 """128 + SIGPIPE. Not 1: that says that a run does not fit."""
+SELDOM = 50_000
+"""New objects between two collections of garbage cycles."""
 
 # Name: the line that `vramplan --help` shows. The command is `command` in vramplan.cli.<name>.
 COMMANDS = {
@@ -107,22 +109,15 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def run() -> NoReturn:
-    """The program `vramplan`: `main`, and then the end of the process, at once.
+    """The program `vramplan`: `main`, and then the process's end.
 
-    The interpreter would first free every object of every module, one by one, which takes a sixth
-    of the time that a bare `import click, rich` does. Exit handlers do run; threads are waited for.
+    A command makes few garbage cycles. Looking for them after every 700 new objects, and through
+    all modules on the way out, takes a fifth of the time that a bare `import click, rich` does.
     """
+    gc.set_threshold(SELDOM)
     code = main()
-    threading = sys.modules.get("threading")
-    if threading is not None and threading.active_count() > 1:
-        sys.exit(code)
-    import atexit
-
-    atexit._run_exitfuncs()
-    with suppress(OSError, ValueError, AttributeError):  # closed, or never there
-        sys.stderr.flush()
-        sys.stdout.flush()
-    os._exit(code)
+    gc.freeze()
+    sys.exit(code)
 
 
 def _run(args: Sequence[str] | None) -> int:

@@ -26,7 +26,7 @@ class Activations(Ops):
 
     def gelu_python(self, x: Value) -> Value:
         """x * 0.5 * (1.0 + erf(x / sqrt(2.0))); erf saves its input; a kernel more backward."""
-        return x * 0.5 * self.unary(x / 1.0, temporaries=1).shift()
+        return x * 0.5 * self.shift(self.unary(x / 1.0, temporaries=1))
 
     def quick_gelu(self, x: Value) -> Value:
         """x * sigmoid(1.702 * x)"""

@@ -64,9 +64,9 @@ class Attention(Activations):
     def flash(
         self, q: Value, k: Value, v: Value, heads: int, kv_heads: int, head_dim: int
     ) -> Value:
-        """Flash kernel: mha_fwd, mha_bwd."""
+        """Flash kernel: mha_fwd, mha_bwd. An output laid out by heads needs its gradient copied."""
         width = _round_up(head_dim, HEAD_ROUNDING if head_dim <= 128 else 2 * HEAD_ROUNDING)
-        return self.fused((q, k, v), None, heads, kv_heads, head_dim, width)
+        return self.fused((q, k, v), None, heads, kv_heads, head_dim, width, copies=not q.strided)
 
     def cudnn(
         self,
@@ -89,6 +89,7 @@ class Attention(Activations):
         kv_heads: int,
         value_dim: int,
         width: int,
+        copies: bool = False,
     ) -> Value:
         """Saves q, k, v, mask, output, log-sum-exp (fp32, batch x heads x sequence), seed, offset.
 
@@ -112,6 +113,8 @@ class Attention(Activations):
         def backward(grad: Value) -> tuple[Value, ...]:
             work = [self.new(rows, "fp32"), self.new(rows.times(width), "fp32")]
             grads = tuple(self.new(size, dtype) for size, _ in facts)
+            if copies:
+                work.append(self.new(grad.size, dtype))
             if kv_heads != heads:
                 work += [self.new(size.per(kv_heads).times(heads), dtype) for size, _ in facts[1:]]
             for g, (_, strided) in zip(grads, facts, strict=True):
@@ -129,29 +132,36 @@ class Attention(Activations):
     ) -> Value:
         """Memory-efficient kernel (fp32; 16 bits with a mask where cuDNN isn't preferred).
 
-        Saves q, k, v, mask, output, log-sum-exp. Backward (_efficient_attention_backward): delta,
-        and dq accumulated in fp32 by tiles of 64 or 128 columns; for 16-bit heads wider than 128
-        dk and dv too. Measured on an H100 in fp32 for head sizes 64 to 256.
+        Saves q, k, v, mask, output, log-sum-exp. Heads wider than 128: the output is accumulated in
+        fp32. Backward (_efficient_attention_backward): delta, and dq accumulated in fp32 by tiles
+        of 64 or 128 columns; for 16-bit heads wider than 128 dk and dv too. Measured on an H100 for
+        head sizes 64 to 256 in both: exact to a row or two but for 16-bit heads of 256, where three
+        accumulators are an eighth of the head too many.
         """
         q, k, v = self.lower(q), self.lower(k), self.lower(v)
         rows = Size(heads, 1, 1)
-        dtype, sizes = q.dtype, (q.size, k.size, v.size)
+        dtype, facts = q.dtype, [(x.size, x.strided) for x in (q, k, v)]
+        dim = q.size.count // heads
+        half = dtype != "fp32"
         by_product: list[Value] = []
 
         def compute() -> Value:
             out = self.new(rows.times(value_dim), dtype)
             out.strided = True
             by_product.append(self.new(rows, "fp32"))
+            if half and dim > 128:
+                accumulator = self.new(rows.times(value_dim), "fp32")
+                del accumulator
             return out
 
         def backward(grad: Value) -> tuple[Value, ...]:
-            wide = rows.times(_round_up(value_dim, 64 if value_dim <= 64 else 128) + 1)
-            accumulators = 3 if dtype != "fp32" and value_dim > 128 else 1
+            tile = 64 if dim <= 64 or (half and dim > 128) else 128
+            wide = rows.times(_round_up(dim, tile) + (0 if half else 1))
             work = [self.new(rows, "fp32")]
-            work += [self.new(wide, "fp32") for _ in range(accumulators)]
-            grads = tuple(self.new(s, dtype) for s in sizes)
-            for g in grads:
-                g.strided = True
+            work += [self.new(wide, "fp32") for _ in range(3 if half and dim > 128 else 1)]
+            grads = tuple(self.new(size, dtype) for size, _ in facts)
+            for g, (_, strided) in zip(grads, facts, strict=True):
+                g.strided = strided
             del g, work
             return grads
 

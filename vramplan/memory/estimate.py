@@ -12,6 +12,7 @@ from vramplan.hardware.catalogue import Gpu, Gpus, parse_gpu, warnings_for
 from vramplan.memory import allocator
 from vramplan.memory.facts import facts
 from vramplan.memory.legality import check_model
+from vramplan.memory.needs import Needs
 from vramplan.memory.precision import Policy, policy_of
 from vramplan.memory.timeline import Parts, Timeline, parts, run_timeline
 from vramplan.models.architecture import Architecture
@@ -33,7 +34,7 @@ Model = str | os.PathLike[str] | Mapping[str, Any] | Architecture
 
 
 @dataclass(frozen=True, kw_only=True)
-class Estimate:
+class Estimate(Needs):
     """What a run needs. Sizes are bytes on one GPU."""
 
     id: str
@@ -80,23 +81,6 @@ class Estimate:
             ),
         }
 
-    @property
-    def required(self) -> int:
-        """The smallest device memory with which the run ends."""
-        return self.peak_allocated + sum(self.overhead.values())
-
-    @property
-    def available(self) -> int | None:
-        """Memory of the card that processes can have; of a card in this machine, what is free."""
-        if self.gpu is None:
-            return None
-        return self.gpu.gpu.capacity if self.gpu.free is None else self.gpu.free
-
-    @property
-    def fits(self) -> bool | None:
-        """Whether `required` is available; None where no GPU was given."""
-        return None if self.available is None else self.required <= self.available
-
     @cached_property
     def breakdown(self) -> dict[str, int]:
         """Bytes by category at the instant of the peak; they add up to `peak_allocated`."""
@@ -140,8 +124,8 @@ class Estimate:
 
 def estimate(
     model: Model,
-    recipe: Recipe = Recipe(),
-    gpu: str | Gpu | Gpus | None = None,  # noqa: B008
+    recipe: Recipe = Recipe(),  # noqa: B008
+    gpu: str | Gpu | Gpus | None = None,
 ) -> Estimate:
     """Estimate the GPU memory of fine-tuning `model` by `recipe`.
 
@@ -153,7 +137,7 @@ def estimate(
     """
     name, arch, notes = resolve(model)
     check_model(arch, recipe)
-    card = _gpus(gpu)
+    card = cards(gpu)
     capability = card.gpu.compute_capability if card is not None and not card.nominal else None
     policy = policy_of(recipe, arch, capability)
     run = parts(arch, policy, recipe.optimizer, recipe.allocator)
@@ -193,7 +177,8 @@ def resolve(model: Model) -> tuple[str, Architecture, tuple[str, ...]]:
     return located.id, architecture(located.config), tuple(notes)
 
 
-def _gpus(gpu: str | Gpu | Gpus | None) -> Gpus | None:
+def cards(gpu: str | Gpu | Gpus | None) -> Gpus | None:
+    """The cards that an argument `gpu` means. Raises UnknownName."""
     if isinstance(gpu, str):
         return parse_gpu(gpu)
     return Gpus(gpu=gpu) if isinstance(gpu, Gpu) else gpu

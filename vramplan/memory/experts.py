@@ -16,10 +16,13 @@ weights' dtype.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from vramplan.memory.latent import Latent
 from vramplan.memory.values import Size, Value
-from vramplan.models.stack import Stack
+
+if TYPE_CHECKING:
+    from vramplan.models.stack import Stack
 
 SORT_ARRAYS = 6
 """int64 arrays, one number a row, inside index_put_ with accumulate (aten/src/ATen/native/cuda/

@@ -51,7 +51,7 @@ class Prefill(Recorder):
         super().__init__(policy)
         self.grad_enabled = False
         self.arch = arch
-        self.layer = 0
+        self.layer = -1  # outside the layers
         self.cache: list[Value] = []
         self.updated = True  # the layer that runs has called Cache.update
         self.fused_heads: list[Value] = []  # BLOOM's queries, keys and values until then
@@ -91,6 +91,10 @@ class Prefill(Recorder):
         self.update_once(k, v)
         return super().fused_attention(q, k, v, *args, **options)
 
+    def grown(self) -> Value:
+        """An input as long as the sequence so far."""
+        return self.new(Size(1, 1, 1), "int64")
+
     def minus_maximum(self, x: Value, heads: int) -> Value:
         """x - x.max(...).values: without gradients nothing keeps the indices."""
         maxima, indices = self.new(Size(heads, 1, 1), x.dtype), self.new(Size(heads, 1, 1), "int64")
@@ -98,6 +102,16 @@ class Prefill(Recorder):
         out = self.new_wide(heads, x.dtype)
         del maxima
         return out
+
+    # -- latent attention: keys are as many as the cache has, not as there are queries -----------
+    def assemble(self, nope: Value, rope: Value) -> Value:
+        size = nope.size._replace(numel=nope.size.numel + rope.size.numel)
+        return self.new(size, nope.dtype)
+
+    def padded_flash(self, q: Value, k: Value, v: Value, heads: int, dim: int, value: int) -> Value:
+        v = self.new(v.size._replace(numel=heads * dim), v.dtype)
+        out = self.flash(q, k, v, heads, heads, dim)
+        return self.clone(self.slice(out, value, dim))
 
     # -- positions: generate passes those of every sequence, so their tables have its batch ------
     @contextmanager
@@ -143,13 +157,26 @@ class Decoding(Prefill):
     def __init__(self, policy: Policy, arch: Architecture, window: int | None) -> None:
         super().__init__(policy, arch)
         self.window = window  # tokens that a sliding layer was left with; None: all so far
+        self.masks_window = False
         self.before: list[list[Value]] = []
+
+    @property
+    def windowed(self) -> bool:
+        """Whether what has the cache's length has the window's."""
+        sliding = self.layer >= 0 and slides(self.arch, self.layer)
+        return self.policy.beyond_window and (sliding or self.masks_window)
+
+    def sliding_mask(self, x: Value) -> Value | None:
+        self.masks_window = True
+        mask = super().sliding_mask(x)
+        self.masks_window = False
+        return mask
 
     def stored(self, size: Size) -> Size:
         """What is really allocated for a size of the description."""
         if size.seq < 2:
             return size._replace(seq=0)
-        if self.policy.beyond_window and slides(self.arch, self.layer):
+        if self.windowed:
             return Size(size.numel * (self.arch.sliding_window or 1), size.batch, 0)
         return size._replace(seq=size.seq - 1)
 
@@ -166,6 +193,10 @@ class Decoding(Prefill):
         self.sizes.append((stored.numel * ITEMSIZE[dtype], stored.batch, stored.seq))
         self.categories.append(self.category)
         return Value(self, pair, size, dtype)
+
+    def grown(self) -> Value:
+        self.layer = -1
+        return self.new(Size(1, 1, 2), "int64")
 
     def alibi(self, heads: int, dtype: str) -> Value:
         """The padding mask, of which positions are made, has a column for every cached token."""
@@ -312,9 +343,11 @@ def _record(g: Prefill, arch: Architecture) -> Recording:
     logits = model.head(hidden.alias(Size(hidden.size.numel, 1, 0)))
     del hidden
     g.mark("forward", "next token")
+    # _update_model_kwargs_for_generation: a mask and positions with the new token, beside the old
+    grown = None if arch.family == "bloom" and before is None else g.grown()
     scores = g.new(logits.size, "fp32", "logits")
     recording = g.recording()
-    del scores, logits, before
+    del scores, logits, before, grown
     return recording
 
 

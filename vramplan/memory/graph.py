@@ -306,9 +306,7 @@ class Graph(FusedHeads):
         return self.clone(self.math(q, k, v, heads, kv_heads, value_dim, dropout))
 
     # -- embedding, inputs and loss -----------------------------------------------------------
-    def embedding(
-        self, name: str, rows: int, width: int, indices: Value | None = None
-    ) -> Value:
+    def embedding(self, name: str, rows: int, width: int, indices: Value | None = None) -> Value:
         """nn.Embedding: saves its indices (None: input_ids); backward is dense, the whole table."""
         weight = self.parameter(f"{name}.weight", rows, width)
         out = indices.size.times(width) if indices is not None else Size(width, 1, 1)

@@ -14,7 +14,7 @@ from typing import Any
 from vramplan.errors import InvalidValue
 from vramplan.hardware.catalogue import Gpu, Gpus, warnings_for
 from vramplan.memory import allocator
-from vramplan.memory.estimate import Model, _gpus, resolve
+from vramplan.memory.estimate import Model, cards, resolve
 from vramplan.memory.generation import (
     BEFORE,
     CACHE,
@@ -25,6 +25,7 @@ from vramplan.memory.generation import (
     slides,
 )
 from vramplan.memory.legality import check_positions
+from vramplan.memory.needs import Needs
 from vramplan.memory.program import Program
 from vramplan.memory.states import layout
 from vramplan.models.architecture import Architecture, Dropouts
@@ -32,7 +33,6 @@ from vramplan.recipe.recipe import Recipe
 
 ALLOCATOR = "expandable_segments"
 TOKEN = 8  # int64
-INPUT_TENSORS = 4  # input_ids and its clone, attention_mask, position_ids
 THREADS = 1  # no autograd thread: one cuBLAS handle
 
 
@@ -47,7 +47,7 @@ class Stage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InferenceEstimate:
+class InferenceEstimate(Needs):
     """What generating needs. Sizes are bytes on one GPU, parts those at the peak."""
 
     id: str
@@ -64,7 +64,7 @@ class InferenceEstimate:
     load_peak: int
     prefill: Stage
     decode: Stage | None
-    """The last decoding step; None where the prompt leaves room for one token only."""
+    """The highest later step; None where the prompt leaves room for one token only."""
     cache_end: int
     """Keys and values when the last token has been generated."""
     parameters: int
@@ -109,23 +109,6 @@ class InferenceEstimate:
             "allocator_slack": allocator.slack(self.peak_allocated, ALLOCATOR),
         }
 
-    @property
-    def required(self) -> int:
-        """The smallest device memory with which generating ends."""
-        return self.peak_allocated + sum(self.overhead.values())
-
-    @property
-    def available(self) -> int | None:
-        """Memory of the card that processes can have; of a card in this machine, what is free."""
-        if self.gpu is None:
-            return None
-        return self.gpu.gpu.capacity if self.gpu.free is None else self.gpu.free
-
-    @property
-    def fits(self) -> bool | None:
-        """Whether `required` is available; None where no GPU was given."""
-        return None if self.available is None else self.required <= self.available
-
     @cached_property
     def breakdown(self) -> dict[str, int]:
         """Bytes by category at the peak; they add up to `peak_allocated`."""
@@ -153,6 +136,12 @@ class InferenceEstimate:
             out.append(
                 f"the prompt is longer than the sliding window of {window}: its whole cache stays "
                 "allocated until the first decoding step"
+            )
+        if arch.experts and self.decode and self.decode.peak > self.prefill.peak:
+            out.append(
+                f"a later token copies the weights of the {arch.experts.active} experts that it "
+                "visits, a layer at a time and for every sequence (transformers' batched_mm): "
+                'from_pretrained(..., experts_implementation="eager") copies none and is slower'
             )
         if self.gpu is not None:
             out += warnings_for(
@@ -203,18 +192,19 @@ def estimate_inference(
     """Estimate the GPU memory of generating with `model`.
 
     `context`: tokens of the prompt and of the answer together. `prompt`: tokens of the prompt;
-    None is all but one of the context, which needs the most. The last token is never fed back, so
-    the cache holds at most context - 1 tokens.
+    None is whatever needs the most: all but one of the context for the prompt's forward, one for
+    the later steps. The last token is never fed back, so the cache holds at most context - 1.
 
     Raises UserError for what is wrong with the input.
     """
     _check(dtype, quantization, double_quant, attention, batch_size, context)
+    answered = 1 if prompt is None else prompt
     prompt = max(1, context - 1) if prompt is None else prompt
     if type(prompt) is not int or not 1 <= prompt < max(context, 2):
         raise InvalidValue("prompt", prompt, f"an integer from 1 to {max(1, context - 1)}")
     name, arch, notes = resolve(model)
     check_positions(arch, context)
-    card = _gpus(gpu)
+    card = cards(gpu)
     policy = Serving(
         dtype=dtype,
         autocast=None,
@@ -229,7 +219,9 @@ def estimate_inference(
     workspace = allocator.workspaces(capability) * THREADS // allocator.WORKSPACES
     epilogues = prefill_program(_without_dropout(arch), policy).epilogues
     workspace += epilogues * allocator.WORKSPACE_LT
-    prefill, decode = _stages(arch, policy, batch_size, context, prompt, weights.loaded + workspace)
+    base = weights.loaded + workspace
+    prefill = _prefill(arch, policy, batch_size, prompt, base)
+    decode = _decode(arch, policy, batch_size, context, answered, base)
     return InferenceEstimate(
         id=name,
         architecture=arch,
@@ -246,7 +238,7 @@ def estimate_inference(
         prefill=prefill,
         decode=decode,
         cache_end=cache_bytes(
-            arch, dtype, batch_size, max(prompt, context - 1), decoded=decode is not None
+            arch, dtype, batch_size, max(prompt, context - 1), decoded=context - 1 > prompt
         ),
         parameters=weights.parameters,
         notes=notes,
@@ -269,30 +261,53 @@ def _check(
     )
 
 
-def _stages(
-    arch: Architecture, policy: Serving, batch: int, context: int, prompt: int, base: int
-) -> tuple[Stage, Stage | None]:
-    """The prompt's forward, and the last step: the longest cache."""
-    quiet = _without_dropout(arch)
+def _prefill(arch: Architecture, policy: Serving, batch: int, prompt: int, base: int) -> Stage:
+    """The prompt's forward."""
     window = arch.sliding_window
     beyond = window is not None and prompt >= window  # _ignore_causal_mask_sdpa
-    program = prefill_program(quiet, _with(policy, beyond))
-    prefill = _stage(program, batch, prompt, prompt, base)
-    tokens = context - 1  # in the cache after the last step
-    if tokens <= prompt:
-        return prefill, None
-    beyond = window is not None and tokens >= window
-    # Before the first step a sliding layer holds the prompt, later no more than its window.
-    held = (prompt if tokens == prompt + 1 else min(tokens - 1, window)) if window else None
-    step = decoding_program(quiet, _with(policy, beyond), held if beyond else None)
-    return prefill, _stage(step, batch, tokens, tokens, base)
+    program = prefill_program(_without_dropout(arch), _with(policy, beyond))
+    return _stage(program, batch, prompt, base, _inputs(arch, batch, prompt, None))
 
 
-def _stage(program: Program, batch: int, seq: int, tokens: int, base: int) -> Stage:
+def _decode(
+    arch: Architecture, policy: Serving, batch: int, context: int, prompt: int, base: int
+) -> Stage | None:
+    """The highest of the later steps.
+
+    The longest cache is the last step's. But where layers slide, the first step still finds the
+    whole prompt in them, the later ones no more than the window.
+    """
+    quiet, window = _without_dropout(arch), arch.sliding_window
+    first, last = prompt + 1, context - 1  # tokens in the cache after the step
+    stages = []
+    for tokens in sorted({first, last} if window is not None and prompt >= window else {last}):
+        held = None
+        if window is not None and tokens >= window:
+            held = prompt if tokens == first else min(tokens - 1, window)
+        step = decoding_program(quiet, _with(policy, held is not None), held)
+        stages.append(_stage(step, batch, tokens, base, _inputs(arch, batch, prompt, tokens)))
+    return max(stages, key=lambda stage: stage.peak) if first <= last else None
+
+
+def _inputs(arch: Architecture, batch: int, prompt: int, tokens: int | None) -> int:
+    """Bytes of input_ids, attention_mask and position_ids, int64 each.
+
+    The prompt's forward has a clone of input_ids besides. In a later step `_sample` has all three
+    with the new tokens, while `generate` still holds the prompt's. BLOOM takes no positions.
+    """
+    count = 2 if arch.family == "bloom" else 3
+    asked = TOKEN * batch * prompt
+    before = -(-asked // allocator.BLOCK) * allocator.BLOCK
+    if tokens is None:
+        return (count + 1) * before
+    asked = TOKEN * batch * tokens
+    return count * (before + -(-asked // allocator.BLOCK) * allocator.BLOCK)
+
+
+def _stage(program: Program, batch: int, seq: int, base: int, inputs: int) -> Stage:
     points = program.walk(batch, seq)
     index = max(range(len(points)), key=lambda i: points[i].peak)
     live = program.live_at(points, index, batch, seq)
-    inputs = INPUT_TENSORS * -(-TOKEN * batch * tokens // allocator.BLOCK) * allocator.BLOCK
     peak = points[index].peak + inputs
     kv_cache = live.get(CACHE, 0) + live.get(BEFORE, 0)
     logits = live.get("logits", 0)

@@ -7,7 +7,7 @@ receives the gradients of its outputs and returns those of its inputs, in order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from vramplan.memory.tape import Tape
 from vramplan.memory.values import Size, Value
@@ -23,6 +23,19 @@ def promote(a: str, b: str) -> str:
     return a if WIDTH[a] >= WIDTH[b] else b
 
 
+def _broadcast(tape: Tape, a: Value, b: Value) -> Callable[[], Value]:
+    """Makes a pointwise op's output: as large as the larger input, and laid out as that."""
+    big = a if a.size == b.size or a.size.rank() >= b.size.rank() else b
+    size, dtype, strided = big.size, promote(a.dtype, b.dtype), big.strided
+
+    def compute() -> Value:
+        out = tape.new(size, dtype)
+        out.strided = strided
+        return out
+
+    return compute
+
+
 class Elementwise(Tape):
     """Pointwise, reduction and view ops."""
 
@@ -32,27 +45,14 @@ class Elementwise(Tape):
 
     def add(self, a: Value, b: Value) -> Value:
         """add.Tensor: saves nothing; both inputs receive the same gradient tensor."""
-        big = a if a.size.rank() >= b.size.rank() else b
-
-        def compute() -> Value:
-            out = self.new(big.size, promote(a.dtype, b.dtype))
-            out.strided = big.strided
-            return out
-
+        compute = _broadcast(self, a, b)
         return self.record((a, b), lambda: (), compute, lambda grad: (grad, grad.alias()))
 
     def mul(self, a: Value, b: Value | Probability) -> Value:
         """mul.Tensor: each side saves the other; mul.Scalar and div.Scalar save nothing."""
         if not isinstance(b, Value):
             return self.unary(a, saves_input=False)
-        big = a if a.size.rank() >= b.size.rank() else b
-        dtype = promote(a.dtype, b.dtype)
-
-        def compute() -> Value:
-            out = self.new(big.size, dtype)
-            out.strided = big.strided
-            return out
-
+        dtype, compute = promote(a.dtype, b.dtype), _broadcast(self, a, b)
         need = (a.requires_grad, b.requires_grad)
 
         def backward(grad: Value) -> tuple[Value | None, Value | None]:
@@ -90,19 +90,12 @@ class Elementwise(Tape):
 
     def minus(self, a: Value, b: Value) -> Value:
         """sub.Tensor: saves nothing; b's gradient is a negated copy, in the broadcast's size."""
-        big = a if a.size.rank() >= b.size.rank() else b
-
-        def compute() -> Value:
-            out = self.new(big.size, promote(a.dtype, b.dtype))
-            out.strided = big.strided
-            return out
-
         need = b.requires_grad
 
         def backward(grad: Value) -> tuple[Value | None, ...]:
             return grad, self.new(grad.size, grad.dtype) if need else None
 
-        return self.record((a, b), lambda: (), compute, backward)
+        return self.record((a, b), lambda: (), _broadcast(self, a, b), backward)
 
     def clamp_in_place(self, x: Value) -> Value:
         """clamp_: saves a copy of self; clamp_backward chooses by two comparisons of it."""

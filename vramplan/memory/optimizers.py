@@ -8,7 +8,7 @@ optimization.py (Adafactor.step); bitsandbytes 0.50 optim/optimizer.py and optim
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vramplan.memory.allocator import rounded
 from vramplan.memory.reduction import buffer_bytes
@@ -27,8 +27,7 @@ FP32 = 4
 FOREACH_TEMPORARIES = {"adamw": 1, "rmsprop": 1, "adagrad": 2, "sgd": 0}
 
 
-@dataclass(frozen=True, slots=True)
-class Stepping:
+class Stepping(NamedTuple):
     """Bytes of an optimizer."""
 
     states: int
@@ -45,7 +44,7 @@ def stepping(optimizer: Optimizer, layout: Layout, allocator: str) -> Stepping:
     """What `optimizer` costs for the trained parameters of `layout`."""
     states = managed = 0
     for t in layout.trained:
-        for nbytes, paged in _states(optimizer, t):
+        for nbytes, paged in state_tensors(optimizer, t):
             if paged:
                 managed += t.count * nbytes
             else:
@@ -67,7 +66,7 @@ def optimizer_tables(optimizer: Optimizer) -> int:
     return tables * rounded(BNB_CODE_TABLE_ELEMENTS * FP32)
 
 
-def _states(optimizer: Optimizer, t: Trained) -> Iterator[tuple[int, bool]]:
+def state_tensors(optimizer: Optimizer, t: Trained) -> Iterator[tuple[int, bool]]:
     """(bytes, whether paged) of every state tensor of one parameter."""
     if optimizer.factored and len(t.shape) > 1:
         yield t.numel // t.shape[-1] * FP32, False

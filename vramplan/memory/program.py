@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from operator import ge, mul
+from typing import NamedTuple
 
 from vramplan.memory import outliers
 from vramplan.memory.precision import Policy
@@ -30,8 +30,7 @@ MONOMIALS = ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (1, 2))  # exponents of bat
 POSITION = {exponents: k for k, exponents in enumerate(MONOMIALS)}
 
 
-@dataclass(frozen=True, slots=True)
-class Instant:
+class Instant(NamedTuple):
     """Storages that live at an instant beyond those at its section's start, by size class."""
 
     polynomial: tuple[int, ...]
@@ -46,8 +45,7 @@ class Instant:
         return sum(map(mul, self.counts, map(sizes.__getitem__, self.classes)))
 
 
-@dataclass(frozen=True, slots=True)
-class Section:
+class Section(NamedTuple):
     """A stretch of a phase (a layer, the head, ...) and how often it happens in a row."""
 
     phase: str
@@ -68,8 +66,7 @@ class Section:
         return found
 
 
-@dataclass(frozen=True, slots=True)
-class Point:
+class Point(NamedTuple):
     """A section evaluated: live bytes at its end, and at its highest instant."""
 
     section: Section
@@ -81,8 +78,7 @@ class Point:
     """Whether the peak falls in the last repetition."""
 
 
-@dataclass(frozen=True, slots=True)
-class Program:
+class Program(NamedTuple):
     """One micro-batch, forward and backward."""
 
     sections: tuple[Section, ...]

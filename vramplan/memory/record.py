@@ -7,8 +7,7 @@ end are run; the marks say how often each stands for itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from vramplan.memory.experts import Experts
 from vramplan.memory.precision import Policy
@@ -17,8 +16,7 @@ from vramplan.models.architecture import Architecture
 from vramplan.models.blocks import family
 
 
-@dataclass(frozen=True, slots=True)
-class Mark:
+class Mark(NamedTuple):
     """Where a section begins in the events."""
 
     phase: str
@@ -29,8 +27,7 @@ class Mark:
     """Frees what the repetitions of earlier sections allocated, all at once."""
 
 
-@dataclass(frozen=True, slots=True)
-class Recording:
+class Recording(NamedTuple):
     """`events`: storage i born as i, freed as ~i; `sizes` and `categories` by storage."""
 
     marks: tuple[Mark, ...]
@@ -68,10 +65,12 @@ class Recorder(Experts):
         """What was recorded up to now."""
         self.mark("end", "end")
         events = self.events[: self.marks[-1].start]
-        return Recording(tuple(self.marks), events, self.sizes, self.categories, len(self.epilogues))
+        return Recording(
+            tuple(self.marks), events, self.sizes, self.categories, len(self.epilogues)
+        )
 
     def _mark_backward(self, forward: Mark) -> None:
-        self.marks.append(replace(forward, phase="backward", start=len(self.events)))
+        self.marks.append(forward._replace(phase="backward", start=len(self.events)))
 
 
 def record_step(arch: Architecture, policy: Policy) -> Recording:

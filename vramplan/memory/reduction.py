@@ -8,7 +8,7 @@ torch 2.13) for rows of contiguous outputs, sums in fp32.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 REDUCTION = -1  # in a storage's size: (outputs, rows a token, REDUCTION), not bytes and exponents
 
@@ -18,11 +18,10 @@ MIN_VALUES, MAX_VALUES = 16, 256  # values a thread sums: from when on blocks sh
 ACCUMULATOR = 4  # bytes
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Processors:
+class Processors(NamedTuple):
     """A device's multiprocessors, and the threads that each holds (NVIDIA H100's, H200's)."""
 
-    count: int = 132
+    processors: int = 132
     threads: int = 2048
 
 
@@ -38,7 +37,7 @@ def buffer_bytes(outputs: int, rows: int, device: Processors = HOPPER) -> int:
     width = min(across, limit // height)
     values = -(-rows // height)
     blocks = -(-outputs // vector // width)
-    target = device.count * (device.threads // (width * height))
+    target = device.processors * (device.threads // (width * height))
     if values < MAX_VALUES or rows < 16 * height or blocks > target:
         return 0
     shares = max(min(-(-target // blocks), -(-values // MIN_VALUES)), -(-values // MAX_VALUES))

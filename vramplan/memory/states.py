@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from vramplan.errors import UnknownName
 from vramplan.memory.allocator import rounded
@@ -37,8 +38,7 @@ class Trained:
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(NamedTuple):
     """Bytes of the weights, and what is trained."""
 
     parameters: int
@@ -61,7 +61,7 @@ def layout(arch: Architecture, policy: Policy, allocator: str) -> Layout:
     if policy.rank is not None and not adapters:
         raise UnknownName("target module", policy.targets, _module_names(tensors))
     trained = adapters if policy.rank is not None else tuple(_trained(tensors, policy))
-    loaded = sum(t.count * _loaded(t, policy, allocator) for t in tensors)
+    loaded = sum(t.count * loaded_bytes(t, policy, allocator) for t in tensors)
     adapter_bytes = sum(a.count * rounded(a.numel * a.itemsize, allocator) for a in adapters)
     prepared, peak = _prepare(tensors, policy, allocator, loaded)
     return Layout(
@@ -76,13 +76,14 @@ def layout(arch: Architecture, policy: Policy, allocator: str) -> Layout:
     )
 
 
-def _is_quantized(tensor: Tensor, policy: Policy) -> bool:
+def is_quantized(tensor: Tensor, policy: Policy) -> bool:
+    """Whether bitsandbytes stores it."""
     return policy.quantization is not None and tensor.quantizable
 
 
-def _loaded(tensor: Tensor, policy: Policy, allocator: str) -> int:
+def loaded_bytes(tensor: Tensor, policy: Policy, allocator: str) -> int:
     """Bytes of one tensor after from_pretrained."""
-    if not _is_quantized(tensor, policy):
+    if not is_quantized(tensor, policy):
         return rounded(tensor.numel * ITEMSIZE[tensor.dtype or policy.dtype], allocator)
     if policy.quantization == "int8":
         rows = tensor.shape[0] * 4  # Int8Params.SCB: an fp32 scale a row
@@ -106,7 +107,7 @@ def _packed(numel: int, double_quant: bool) -> Iterator[int]:
 
 def _quantizing(tensors: tuple[Tensor, ...], policy: Policy) -> int:
     """While a weight is quantized it is there in the dtype it was loaded in as well."""
-    sizes = [t.numel * ITEMSIZE[policy.dtype] for t in tensors if _is_quantized(t, policy)]
+    sizes = [t.numel * ITEMSIZE[policy.dtype] for t in tensors if is_quantized(t, policy)]
     return max(sizes, default=0)
 
 
@@ -124,7 +125,7 @@ def _prepare(
         return loaded, loaded
     live = peak = loaded
     for t in tensors:
-        if t.role == "buffer" or _is_quantized(t, policy) or ITEMSIZE[t.dtype or policy.dtype] != 2:
+        if t.role == "buffer" or is_quantized(t, policy) or ITEMSIZE[t.dtype or policy.dtype] != 2:
             continue
         old, new = rounded(t.numel * 2, allocator), rounded(t.numel * 4, allocator)
         live += t.count * (new - old)

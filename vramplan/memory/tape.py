@@ -47,7 +47,8 @@ class Tape:
     # -- storages -----------------------------------------------------------------------------
     def new(self, size: Size, dtype: str, category: str | None = None) -> Value:
         """A fresh tensor."""
-        nbytes = (size.numel * ITEMSIZE[dtype], size.batch, size.seq)
+        numel, batch, seq = size
+        nbytes = (numel * ITEMSIZE[dtype], batch, seq)
         return Value(self, self.allocate(nbytes, category), size, dtype)
 
     def allocate(self, size: tuple[int, int, int], category: str | None = None) -> Storage:
@@ -90,12 +91,15 @@ class Tape:
         kept = self.pack([v.storage if v is not None else None for v in saved()])
         out = compute()
         self.order += 1
-        values: tuple[Value, ...] = out if isinstance(out, tuple) else (out,)
-        node = Node(self.order, edges, kept, backward, len(values))
+        node = Node(self.order, edges, kept, backward)
         node.expected = [(v.size, v.dtype) for v in inputs]
         if context is not None:
             node.context = context()
-        for slot, value in enumerate(values):
+        if isinstance(out, Value):
+            out.node = node
+            return out
+        node.buffers *= len(out)
+        for slot, value in enumerate(out):
             value.node, value.slot = node, slot
         return out
 
@@ -182,12 +186,14 @@ class Tape:
         result = node.backward(*buffers)
         grads: list[Value | None] = list(result) if isinstance(result, tuple) else [result]
         del result, saved
-        for i, (size, dtype) in enumerate(node.expected[: len(grads)]):
+        for i in range(len(grads)):
             grad = grads[i]
-            if grad is not None and grad.size != size:
-                grads[i] = grad = self.sum_to(grad, size)
-            if grad is not None and grad.dtype != dtype:
-                grads[i] = grad = self.new(size, dtype)
+            if grad is not None:
+                size, dtype = node.expected[i]
+                if grad.size != size:
+                    grads[i] = grad = self.sum_to(grad, size)
+                if grad.dtype != dtype:
+                    grads[i] = grad = self.new(size, dtype)
             del grad
         del buffers
         node.saved, node.context, node.edges = (), None, []
@@ -213,14 +219,18 @@ class Tape:
 
     def _accumulate(self, old: Value, grad: Value) -> Value:
         """In place only when `old` is nobody else's and no view: a view holds its base as well."""
-        if old.view or _shared(old.storage):
+        if old.view or old.storage is None or holders(old) > ALONE:
             return self.new(old.size, old.dtype)
         return old
 
 
-def _shared(storage: Storage | None) -> bool:
-    # holders: the Value's slot, this argument, getrefcount's own argument
-    return storage is None or sys.getrefcount(storage) > 3
+def holders(value: Value) -> int:
+    """References to its storage: the value's own, and those that looking takes."""
+    return sys.getrefcount(value.storage)
+
+
+ALONE = holders(Tape().new(Size(1), "fp32"))
+"""What `holders` says of a storage that one value holds. Versions of Python count differently."""
 
 
 def _count_dependencies(root: Node) -> None:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from vramplan.memory import allocator
 from vramplan.memory.estimate import Estimate
-from vramplan.memory.optimizers import _states, optimizer_tables
+from vramplan.memory.optimizers import optimizer_tables, state_tensors
 from vramplan.memory.precision import Policy
-from vramplan.memory.states import _is_quantized, _loaded
+from vramplan.memory.states import is_quantized, loaded_bytes
 from vramplan.memory.timeline import INPUT_TENSORS, TOKEN
 from vramplan.memory.values import ITEMSIZE
 from vramplan.models.tensors import Tensor, inventory
@@ -78,8 +78,8 @@ def resident(e: Estimate) -> Iterator[Term]:
 def _weight(e: Estimate, t: Tensor, *, prepared: bool) -> Term:
     policy, kind = e.policy, e.recipe.allocator
     shape = " x ".join(map(str, t.shape))
-    if _is_quantized(t, policy):
-        each = _loaded(t, policy, kind)
+    if is_quantized(t, policy):
+        each = loaded_bytes(t, policy, kind)
         formula, source = _quantized_formula(policy), "bitsandbytes 0.50 functional.py"
         figures = f"{t.count} x {each} B, n = {shape}"
     else:
@@ -135,7 +135,7 @@ def gradients(e: Estimate, what: str) -> Iterator[Term]:
 def _optimizer_states(e: Estimate) -> Iterator[Term]:
     optimizer = find_optimizer(e.recipe.optimizer)
     for t in e.parts.layout.trained:
-        sizes = Counter(size for size, paged in _states(optimizer, t) if not paged)
+        sizes = Counter(size for size, paged in state_tensors(optimizer, t) if not paged)
         kind = e.recipe.allocator
         each = sum(k * allocator.rounded(size, kind) for size, k in sizes.items())
         yield Term(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
+from typing import NamedTuple
 
 from vramplan.memory.optimizers import Stepping, stepping
 from vramplan.memory.precision import Policy
@@ -16,16 +17,14 @@ TOKEN = 8  # input_ids, labels and attention_mask are int64
 INPUT_TENSORS = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Phase:
+class Phase(NamedTuple):
     """Bytes allocated at a phase's end, and the most within it."""
 
     end: int
     peak: int
 
 
-@dataclass(frozen=True, slots=True)
-class Parts:
+class Parts(NamedTuple):
     """All of a run that does not depend on batch and sequence."""
 
     layout: Layout
@@ -47,8 +46,7 @@ def parts(arch: Architecture, policy: Policy, optimizer: str, allocator: str) ->
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Timeline:
+class Timeline(NamedTuple):
     """A steady step: optimizer states are there, gradients come and go."""
 
     load: Phase
@@ -96,9 +94,9 @@ def run_timeline(run: Parts, batch: int, seq: int, accumulation: int, workspace:
     backward = _phase(points, "backward", resident + held)
     if run.first is not None:
         alone = run.first.walk(batch, seq)
-        forward = replace(forward, peak=max(forward.peak, _phase(alone, "forward", resident).peak))
+        forward = forward._replace(peak=max(forward.peak, _phase(alone, "forward", resident).peak))
         peak = max(backward.peak, _phase(alone, "backward", resident).peak)
-        backward = replace(backward, peak=peak)
+        backward = backward._replace(peak=peak)
     stepped = resident + weights.gradients
     return Timeline(
         load=Phase(weights.loaded, weights.load_peak),

@@ -141,12 +141,11 @@ class Node:
         edges: list[tuple[Node, int] | None],
         saved: Sequence[Storage | None],
         backward: Callable[..., Any],
-        outputs: int = 1,
     ) -> None:
         self.order, self.edges, self.saved, self.backward = order, edges, saved, backward
         self.expected: list[tuple[Size, str]] = []  # size and dtype of the input behind each edge
         self.context: Any = None
-        self.buffers: list[Value | None] = [None] * outputs
+        self.buffers: list[Value | None] = [None]  # a gradient for each output
         self.waiting = 0
 
     def __lt__(self, other: Node) -> bool:

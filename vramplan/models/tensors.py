@@ -1,4 +1,4 @@
-"""Every parameter of a model: name, shape, role; found by running its description for names only."""
+"""Every parameter of a model: name, shape, role. Its description is run for names only."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vramplan.models.architecture import Architecture
 from vramplan.models.blocks import family
-from vramplan.models.stack import Stack
+
+if TYPE_CHECKING:
+    from vramplan.models.stack import Stack
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

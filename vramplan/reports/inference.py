@@ -15,7 +15,7 @@ LABELS = {
     "logits": "logits",
     "activation": "activations",
     "workspace": "workspace",
-    "temporary": "quantizing",
+    "temporary": "while loading",
     "context": "CUDA context",
     "allocator_slack": "allocator's slack",
 }

@@ -226,19 +226,28 @@ def capability_of(card: Gpus | None) -> str:
 def run(
     config: Mapping[str, Any], recipe: Recipe, capability: str = "9.0", code: str | None = None
 ) -> Deep:
-    """The trace itself, of many equal layers only a few. Raises UserError for what transformers
-    or peft refuse."""
+    """The trace itself, of many equal layers only a few.
+
+    Raises UserError for what transformers or peft refuse, and where an architecture that vramplan
+    does not describe can't be run on fake tensors.
+    """
     check_installed(recipe)
     from vramplan_launcher.trace.scaling import run_deep
+    from vramplan_launcher.trace.steps import silent
 
+    kind = config.get("model_type")
     try:
-        return run_deep(dict(config), recipe, compute_capability=capability, code=code)
+        with silent():
+            return run_deep(dict(config), recipe, compute_capability=capability, code=code)
     except UserError:
         raise
-    except (ValueError, KeyError, ImportError, NotImplementedError) as error:
-        kind = config.get("model_type")
+    except Exception as error:
+        refused = isinstance(error, (ValueError, ImportError, NotImplementedError))
+        if _known(config) and not refused:
+            raise  # a bug of the trace
         reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"the libraries refuse this run of {kind!r}: {reason}") from error
+        what = "the libraries refuse this run of" if refused else "no trace could be made of"
+        raise UserError(f"{what} {kind!r}: {type(error).__name__}: {reason}") from error
 
 
 def traced(deep: Deep, name: str, recipe: Recipe, card: Gpus | None = None) -> Traced:

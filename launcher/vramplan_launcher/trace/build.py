@@ -121,12 +121,37 @@ def keep_in_fp32(model: Any, dtype: torch.dtype) -> None:
             value.data = value.data.to(torch.float32)
 
 
-def materialize(model: nn.Module, dtype: torch.dtype) -> None:
+def merged_names(model: Any) -> dict[str, str]:
+    """Parameters that loading puts together from several saved tensors: the name of the first.
+
+    Source: transformers conversion_mapping.py, core_model_loading.py (`WeightConverter`; 5.17).
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    out = {}
+    for conversion in get_model_conversion_mapping(model, add_legacy=False):
+        if not isinstance(conversion, WeightConverter):
+            continue
+        first = conversion.source_patterns[0].replace("*", "0")
+        for target in conversion.target_patterns:
+            for name, _ in model.named_parameters():
+                if target in name:
+                    out[name] = name.replace(target, first)
+    return out
+
+
+def materialize(model: Any, dtype: torch.dtype) -> None:
     """Gives every meta parameter and buffer a fake storage, in the order in which weights load.
 
     Shared ones stay shared; weights that bitsandbytes holds arrive in `dtype` and are quantized.
+    Experts are saved one by one: while a layer's are merged, the parts are there as well. Threads
+    load ahead, so then all the rest is there too, unless weights are quantized as they arrive.
     """
     from transformers.core_model_loading import dot_natural_key
+
+    merged, tied = merged_names(model), getattr(model, "all_tied_weights_keys", None) or {}
+    largest = 0
 
     modules = dict(model.named_modules())
     seen: dict[int, torch.Tensor] = {}
@@ -140,9 +165,8 @@ def materialize(model: nn.Module, dtype: torch.dtype) -> None:
         return seen[id(value)]
 
     quantizes = quantized.installed()
-    names = sorted(
-        (n for n, _ in model.named_parameters(remove_duplicate=False)), key=dot_natural_key
-    )
+    names = [n for n, _ in model.named_parameters(remove_duplicate=False)]
+    names.sort(key=lambda n: (n in tied, dot_natural_key(merged.get(n, n))))
     for full in names:
         owner, _, name = full.rpartition(".")
         module = modules[owner]
@@ -151,6 +175,11 @@ def materialize(model: nn.Module, dtype: torch.dtype) -> None:
             quantized.load_weight(module, dtype)
         elif value is not None and value.device.type == "meta":
             module._parameters[name] = fake(value)
+            if full in merged and getattr(model, "is_quantized", False):
+                torch.empty_like(value, device="cpu")
+            elif full in merged:
+                largest = max(largest, value.numel() * value.element_size())
+    torch.empty(largest, dtype=torch.uint8)
     for module in modules.values():
         for name, value in list(module._buffers.items()):
             if value is not None and value.device.type == "meta":

@@ -103,6 +103,7 @@ class Counter(TorchDispatchMode):
         self.replaced = replaced or {}
         self._answer = answer
         self.notice: dict[Any, Callable[..., None]] = {}
+        engine.sole_holders()  # tried before there is a backward
         self._elsewhere: set[int] = set()
         self._outside = 0
         self.blocks = blocks
@@ -232,6 +233,11 @@ class Counter(TorchDispatchMode):
         key = tensor.untyped_storage()._cdata
         if key in self.storages:
             self._free(key)
+
+    def to_device(self, tensor: torch.Tensor, op: str) -> None:
+        """A storage that was made outside, and is on the device after all."""
+        self._gone_elsewhere(tensor.untyped_storage()._cdata)
+        self._add(tensor, op)
 
     def relabel(self, tensor: torch.Tensor, category: str, module: str) -> None:
         """Names a storage that is already counted."""

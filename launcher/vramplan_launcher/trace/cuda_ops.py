@@ -81,6 +81,7 @@ def choose_sdpa_kernel(
         and all(t.size(-1) <= CUDNN_MOST and t.size(-1) % 8 == 0 for t in (q, k, v))
         and (same_heads or grouped)
         and rows
+        and not _grad_needed(mask)  # cuDNN's gives a bias no gradient (derivatives.yaml); T5's has one
     ):
         return "cudnn"
     if (

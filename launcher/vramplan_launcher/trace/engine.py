@@ -19,6 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
+WRAPPERS = ("torch._compile", "torch._dynamo", "torch.utils._python_dispatch", __package__)
+"""Modules whose frames lie between a dispatch mode and whoever called the operation."""
 
 
 def called_by_engine() -> bool:
@@ -32,7 +34,7 @@ def called_by_engine() -> bool:
     frame = sys._getframe(1)
     while frame.f_back is not None:
         name = frame.f_globals.get("__name__", "")
-        if not name.startswith(("torch._dynamo", "torch.utils._python_dispatch", __package__)):
+        if not name.startswith(WRAPPERS):
             break
         frame = frame.f_back
     return frame.f_code.co_name == "_engine_run_backward"
@@ -61,8 +63,8 @@ class _Probe(TorchDispatchMode):
 
 @functools.cache
 def sole_holders() -> tuple[int, int]:
-    """What `holders` says of a gradient that the engine alone holds."""
-    with FakeTensorMode(), _Probe() as probe:
+    """What `holders` says of a gradient that the engine alone holds, as it is tried here."""
+    with torch.enable_grad(), FakeTensorMode(), _Probe() as probe:
         x = torch.empty(8, requires_grad=True)
         y = x * 1.0
         (y * 2.0 + y * 3.0).sum().backward()

@@ -124,6 +124,8 @@ def cuda_backend(counter: Any) -> Iterator[None]:
 
     patches: list[tuple[Any, str, Any]] = [
         (bnb, "matmul", matmul),
+        (functional, "get_paged", paged),
+        (functional, "fill", lambda *a, **k: None),
         (functional, "prefetch_tensor", lambda *a, **k: None),
         (functional, "create_dynamic_map", dynamic_map),
         (functional, "name2qmap", {}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import types
 import warnings
 from collections.abc import Iterator
@@ -59,8 +60,8 @@ class Trace:
 
     @property
     def peak_allocated(self) -> int:
-        """The most over the steps, loading left out."""
-        return max(p.peak for p in self.phases if not p.name.startswith("0:"))
+        """The most from loading on."""
+        return max(p.peak for p in self.phases)
 
 
 def trace(
@@ -127,6 +128,21 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """While open, the libraries log nothing: what fails is raised."""
+    names = ("transformers", "bitsandbytes", "peft", "torch._subclasses.fake_tensor")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @contextlib.contextmanager
@@ -204,9 +220,29 @@ class Run:
             self._wrap_forward(build.DTYPES[recipe["mixed_precision"]])
         with counter.outside():  # making it takes nothing on the device; what it imports might
             self.optimizer = build.make_optimizer(self.model, recipe)
+        self._states_at_once()
+        self._count_first_states()
         self.scaler = (
             torch.zeros((), dtype=torch.float32) if recipe["mixed_precision"] == "fp16" else None
         )
+
+    def _count_first_states(self) -> None:
+        """States that are there from the optimizer's making (torch's Adagrad) are on the device."""
+        self.counter.category = "optimizer"
+        for state in self.optimizer.state.values():
+            for name, value in state.items():
+                if isinstance(value, torch.Tensor) and name != "step":
+                    self.counter.to_device(value, "optimizer state")
+        self.counter.category = "activation"
+
+    def _states_at_once(self) -> None:
+        """Adagrad makes its states before the first step (torch/optim/adagrad.py)."""
+        self.counter.category = "optimizer"
+        for state in self.optimizer.state.values():
+            for name, value in list(state.items()):
+                if isinstance(value, torch.Tensor) and value.dim():
+                    state[name] = torch.empty_like(value)
+        self.counter.category = "activation"
 
     def _wrap_forward(self, dtype: torch.dtype) -> None:
         from accelerate.utils import convert_outputs_to_fp32

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from vramplan.models.blocks.decoder import Decoder, Tensor
+from vramplan.models.blocks.decoder import Tensor
+from vramplan.models.blocks.held_outputs import HeldOutputs
 
 
-class Bloom(Decoder):
+class Bloom(HeldOutputs):
     """models/bloom/modeling_bloom.py"""
-
-    embedding_name = "transformer.word_embeddings"
-    layers_name = "transformer.h"
-    norm_name = "transformer.ln_f"
-
-    def norm(self, x: Tensor, name: str, width: int | None = None) -> Tensor:
-        return self.layer_norm(x, name, width)
 
     def embed(self) -> Tensor:
         inputs_embeds = self.token_embedding()
@@ -23,17 +17,6 @@ class Bloom(Decoder):
     def prepare(self, x: Tensor) -> tuple[Tensor, ...]:
         alibi = self.g.alibi(self.arch.heads, x.dtype)
         return (self.g.eager_mask(self.held[0]), alibi)
-
-    def run(self, x: Tensor, layer: int, tables: tuple[Tensor, ...]) -> Tensor:
-        """The model's loop keeps a block's outputs, its probabilities too, until the next's."""
-        self.tables = tables
-        try:
-            outputs = self.block_outputs(x, layer)
-        finally:
-            self.tables = ()
-        if not self.g.recomputing:
-            self.held = (self.held[0], *outputs)
-        return outputs[0]
 
     def block_outputs(self, x: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         name = f"{self.layers_name}.{layer}"

@@ -8,22 +8,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from vramplan.models.blocks.decoder import Decoder, Tensor
+from vramplan.models.blocks.decoder import Tensor
+from vramplan.models.blocks.held_outputs import HeldOutputs
 
 
-class Falcon(Decoder):
+class Falcon(HeldOutputs):
     """models/falcon/modeling_falcon.py"""
-
-    embedding_name = "transformer.word_embeddings"
-    layers_name = "transformer.h"
-    norm_name = "transformer.ln_f"
 
     def buffers(self) -> None:
         for name in ("inv_freq", "original_inv_freq"):
             self.g.buffer(f"transformer.rotary_emb.{name}", self.arch.head_dim // 2)
-
-    def norm(self, x: Tensor, name: str, width: int | None = None) -> Tensor:
-        return self.layer_norm(x, name, width)
 
     def linear(self, x: Tensor, name: str, n_in: int, n_out: int) -> Tensor:
         return self.g.linear(
@@ -39,17 +33,6 @@ class Falcon(Decoder):
             return (mask, *g.rotary_tables(x, arch.head_dim))
         mask = g.alibi_mask(alibi, mask, arch.heads)
         return (mask, *g.rotary_tables(x, arch.head_dim), alibi)
-
-    def run(self, x: Tensor, layer: int, tables: tuple[Tensor, ...]) -> Tensor:
-        """The model's loop keeps a block's outputs, its probabilities too, until the next's."""
-        self.tables = tables
-        try:
-            outputs = self.block_outputs(x, layer)
-        finally:
-            self.tables = ()
-        if not self.g.recomputing:
-            self.held = (self.held[0], *outputs)
-        return outputs[0]
 
     def block_outputs(self, x: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         arch = self.arch

@@ -10,7 +10,6 @@ from typing import ClassVar
 
 from vramplan.models.blocks.decoder import Tensor
 from vramplan.models.blocks.moe import Mixture
-from vramplan.models.stack import Stack
 
 
 class GptOss(Mixture):
@@ -19,6 +18,9 @@ class GptOss(Mixture):
     former_router: ClassVar[tuple[str, ...]] = ()
     former_gate_up: ClassVar[tuple[str, ...]] = ()
     former_down: ClassVar[tuple[str, ...]] = ()
+    router_name: ClassVar[str] = "router"
+    biased: ClassVar[bool] = True
+    transposed: ClassVar[bool] = True
 
     def kind(self, layer: int) -> str:
         """Both kinds allocate alike, but a mask is freed in the backward of its first layer."""
@@ -77,23 +79,6 @@ class GptOss(Mixture):
         return out.clone()
 
     # -- feed-forward -------------------------------------------------------------------------
-    def mixture(self, x: Tensor, name: str) -> Tensor:
-        _logits, scores, index = self.route(x, f"{name}.router")
-        x = self.g.experts(x, index, scores, self.stack(f"{name}.experts"), self.apply_gate)
-        return x
-
-    def stack(self, name: str) -> Stack:
-        experts = self.figures
-        return Stack(
-            name=name,
-            count=experts.count,
-            active=experts.active,
-            hidden=self.arch.hidden_size,
-            width=experts.width,
-            biased=True,
-            transposed=True,
-        )
-
     def route(self, x: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
         g, experts = self.g, self.figures
         logits = g.router_logits(x, name, experts.count, self.arch.hidden_size, (), biased=True)

@@ -26,6 +26,9 @@ class Mixture(Windowed):
     former_router: ClassVar[tuple[str, ...]] = ("gate",)
     former_gate_up: ClassVar[tuple[str, ...]] = ("gate_proj", "up_proj")
     former_down: ClassVar[tuple[str, ...]] = ("down_proj",)
+    router_name: ClassVar[str] = "gate"
+    biased: ClassVar[bool] = False
+    transposed: ClassVar[bool] = False
 
     @property
     def figures(self) -> Experts:
@@ -63,7 +66,7 @@ class Mixture(Windowed):
         )
 
     def mixture(self, x: Tensor, name: str) -> Tensor:
-        _logits, scores, index = self.route(x, f"{name}.gate")
+        _logits, scores, index = self.route(x, f"{name}.{self.router_name}")
         x = self.g.experts(x, index, scores, self.stack(f"{name}.experts"), self.apply_gate)
         return x
 
@@ -75,6 +78,8 @@ class Mixture(Windowed):
             active=experts.active,
             hidden=self.arch.hidden_size,
             width=experts.width,
+            biased=self.biased,
+            transposed=self.transposed,
             former_gate_up=self.former_gate_up,
             former_down=self.former_down,
         )

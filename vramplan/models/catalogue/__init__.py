@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 FOLDER = Path(__file__).parent
 INDEX = FOLDER / "index.json"
@@ -25,8 +24,7 @@ INDEX = FOLDER / "index.json"
 _ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One line of the index. `params` counts parameters, tied ones once."""
 
     id: str
@@ -39,8 +37,7 @@ class Entry:
         return self.id.partition("/")[2]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Checkpoint:
+class Checkpoint(NamedTuple):
     """One bundled checkpoint; the fields are the file's keys."""
 
     id: str

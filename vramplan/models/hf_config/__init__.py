@@ -49,6 +49,9 @@ READERS = {
     "deepseek_v3": "deepseek:deepseek_v3",
 }
 
+# Defaults of `initializer_range` that are not 0.02.
+DEVIATIONS = {"starcoder2": 0.018042}
+
 
 class UnknownArchitecture(ConfigError):
     """A `model_type` that has no block description."""
@@ -63,10 +66,10 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     model_type = config.get("model_type")
     if model_type is None:
         raise ConfigError("the config has no 'model_type', so its architecture is not known")
-    if model_type not in READERS:
+    if not isinstance(model_type, str) or model_type not in READERS:
         raise _unknown(str(model_type))
     reader = Config(config)
-    deviation = reader.number("initializer_range", 0.02, "init_std")
+    deviation = reader.number("initializer_range", DEVIATIONS.get(model_type, 0.02), "init_std")
     return replace(_reader(model_type)(reader), initializer_range=deviation)
 
 

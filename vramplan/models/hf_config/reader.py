@@ -25,7 +25,8 @@ class Config:
                 return value
         if default is _REQUIRED:
             raise ConfigError(
-                f"the config of a {self.model_type} model lacks {key!r}, which its memory depends on"
+                f"the config of a {self.model_type} model lacks {key!r}, "
+                "which its memory depends on"
             )
         return default
 
