@@ -35,22 +35,22 @@ GEMMA2 = {
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
 }
 MIXTRAL = {**LLAMA, "model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
-SMALL = {"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
-GPT2 = {"model_type": "gpt2", "vocab_size": 320, "n_positions": 64, "n_embd": 64, "n_layer": 3}
+SMALL = {"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+GPT2 = {"model_type": "gpt2", "vocab_size": 320, "n_positions": 64, "n_embd": 64, "n_layer": 2}
 FALCON = {**SMALL, "model_type": "falcon", "parallel_attn": True, "bias": False}
 OTHERS = {
     "gpt2": {**GPT2, "n_head": 4},
     "gptj": {**GPT2, "model_type": "gptj", "n_head": 4, "rotary_dim": 8},
     "opt": {**SMALL, "model_type": "opt", "ffn_dim": 256, "word_embed_proj_dim": 64},
-    "bloom": {**SMALL, "model_type": "bloom", "n_layer": 3, "n_head": 4},
+    "bloom": {**SMALL, "model_type": "bloom", "n_layer": 2, "n_head": 4},
     "falcon 7b": {**FALCON, "multi_query": True},
     "falcon 40b": {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2},
     "falcon rw": {**FALCON, "multi_query": False, "alibi": True, "parallel_attn": False},
     "mixtral": MIXTRAL,
     "deepseek_v3": {
         **{**SMALL, "model_type": "deepseek_v3", "intermediate_size": 160},
-        **{"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16},
-        **{"v_head_dim": 32, "num_key_value_heads": 4, "first_k_dense_replace": 3},
+        **{"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 64, "qk_rope_head_dim": 16},
+        **{"v_head_dim": 64, "num_key_value_heads": 4, "first_k_dense_replace": 2},
     },
 }
 CONFIGS = {"llama": LLAMA, "mistral": MISTRAL, "gemma2": GEMMA2, **OTHERS}
@@ -115,7 +115,7 @@ def test_the_first_step_after_a_long_prompt_finds_all_of_it() -> None:
 def test_heads_in_falcons_cache(name: str, heads: int) -> None:
     """40b repeats its two keys for four queries before it caches them."""
     arch = architecture(CONFIGS[name])
-    assert cache_bytes(arch, "bf16", 2, 10, decoded=True) == 3 * 2 * (2 * 10 * heads * 16 * 2)
+    assert cache_bytes(arch, "bf16", 2, 10, decoded=True) == 2 * 2 * (2 * 10 * heads * 16 * 2)
 
 
 def test_later_steps_copy_the_experts_that_tokens_visit() -> None:
@@ -125,6 +125,7 @@ def test_later_steps_copy_the_experts_that_tokens_visit() -> None:
     copies = 4 * 2 * (3 * 160 * 64) * 2
     assert copies < e.decode.activation < copies + 32 * 1024
     assert any("experts_implementation" in text for text in e.warnings)
+    assert estimate_inference(MIXTRAL, batch_size=4, context=20).peak_phase == "decode"
     one = estimate_inference(LLAMA, batch_size=4, context=20, prompt=4)
     assert not any("experts_implementation" in text for text in one.warnings)
 
@@ -208,15 +209,15 @@ def models() -> dict[str, Any]:
     return made
 
 
-LENGTHS = [(5, 6), (5, 7), (20, 21), (20, 22), (6, 11), (1, 11)]  # on both sides of the window
+LENGTHS = [(5, 6), (5, 7), (20, 21), (20, 22), (1, 10)]  # on both sides of the window
 
 
 @pytest.mark.parametrize(
     ("name", "prompt", "context"),
     [(name, *lengths) for name in ("llama", "mistral", "gemma2") for lengths in LENGTHS]
-    + [(name, 1, 5) for name in OTHERS]
+    + [(name, 1, 4) for name in OTHERS]
     + [(name, 20, 21) for name in OTHERS if name != "mixtral"]
-    + [("deepseek_v3", 1, 20)],  # a step's keys, expanded from the latents, are the most
+    + [("deepseek_v3", 1, 12)],  # a step's keys, expanded from the latents, are the most
 )
 def test_a_real_generate(models: dict[str, Any], name: str, prompt: int, context: int) -> None:
     """In fp32 on the CPU: the cache that generate returns, and every storage that it makes,

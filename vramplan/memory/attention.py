@@ -141,7 +141,7 @@ class Attention(Activations):
         q, k, v = self.lower(q), self.lower(k), self.lower(v)
         rows = Size(heads, 1, 1)
         dtype, facts = q.dtype, [(x.size, x.strided) for x in (q, k, v)]
-        dim = q.size.count // heads
+        dim = q.size.numel // heads
         half = dtype != "fp32"
         by_product: list[Value] = []
 

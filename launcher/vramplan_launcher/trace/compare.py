@@ -25,7 +25,7 @@ TOLERANCE = 256 * KIB
 """Scalars and tables of positions, which a description leaves out, come to less."""
 SHARE = 5000
 """... or a part in so many of the peak."""
-WINDOW = 40
+WINDOW = {"forward": 1, "backward": 8}
 """Allocations and releases by which the two sides may set a section's bounds apart."""
 SHOWN = 4
 LAYER = re.compile(r"^(?:.*?\.)?\w+\.(\d+)(?:\.|$)")
@@ -216,10 +216,10 @@ def _traced(run: Trace, phase: str, groups: Sequence[Layers]) -> Iterator[Seen]:
     starts = _starts(events, groups)
     for start, stop in zip(starts, [*starts[1:], len(events)], strict=True):
         seen = Seen("", levels[start], levels[stop], max(levels[start : stop + 1]))
-        wide = levels[max(0, start - WINDOW) : stop + 1 + WINDOW]
-        seen.peaks = [seen.peak, max(wide), max(levels[start : stop + 1 + WINDOW])]
+        window = WINDOW[phase]
+        seen.peaks = [seen.peak, max(levels[max(0, start - window) : stop + 1 + window])]
         last = stop == len(events)
-        seen.ends = [seen.end] if last else levels[max(0, stop - WINDOW) : stop + 1 + WINDOW]
+        seen.ends = [seen.end] if last else levels[max(0, stop - window) : stop + 1 + window]
         _collect(seen, events[start:stop], measured.start)
         yield seen
 

@@ -193,6 +193,11 @@ def _int8_quant_scratch(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     return 3 * args[0].numel() if threshold > 0.0 else 0
 
 
+def _autocast_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What autocast makes of an operand of a product."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else dtype
+
+
 def _int8_mixed(
     func: Any,
     rows: torch.Tensor,
@@ -203,10 +208,14 @@ def _int8_mixed(
     columns: torch.Tensor | None = None,
     bias: Any = None,
 ) -> Any:
-    """The result, and the outlier columns of the input (backends/default/ops.py)."""
-    out = torch.empty((*packed.shape[:-1], weight.shape[0]), dtype=rows.dtype)
+    """The result, and the outlier columns of the input (backends/default/ops.py).
+
+    Those are added by `output.addmm`, which autocast sees: the result is of its dtype then.
+    """
+    shape = (*packed.shape[:-1], weight.shape[0])
     if columns is None or not columns.numel():
-        return out, torch.empty(0, dtype=rows.dtype)
+        return torch.empty(shape, dtype=rows.dtype), torch.empty(0, dtype=rows.dtype)
+    out = torch.empty(shape, dtype=_autocast_dtype(rows.dtype))
     return out, torch.empty((_rows(rows), columns.numel()), dtype=rows.dtype)
 
 
@@ -218,17 +227,21 @@ def _int8_scaled_scratch(func: Any, args: Any, kwargs: Any, out: Any) -> int:
 def _int8_mixed_scratch(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     """As without outliers; with them the weight's columns, dequantized, stay throughout.
 
-    `int8_vectorwise_dequant` makes two fp32 tensors of the columns' packed copy, before there is a
-    result; `output.addmm` makes a second result, after the int32 one has gone.
+    The most is needed by `int8_vectorwise_dequant`, which makes two fp32 tensors of the columns'
+    packed copy; by the product, as without outliers; or by `output.addmm`, where autocast copies
+    all three operands. Explains the peak of an int8 run on an H100 to 1 KiB.
     """
-    result = out[0]
-    plain = _int8_scaled_scratch(func, args, kwargs, result)
-    columns = args[5] if len(args) > 5 else kwargs.get("outlier_cols")
-    if columns is None or not columns.numel():
-        return plain
-    part = args[2].shape[0] * columns.numel()
-    size = result.numel() * result.element_size()
-    return int(max(part * (1 + 4 + 4) - size, part * result.element_size() + max(plain, size)))
+    result, outliers_of_rows = out
+    if not outliers_of_rows.numel():
+        return _int8_scaled_scratch(func, args, kwargs, result)
+    size, kept = args[0].element_size(), result.numel() * result.element_size()
+    columns, count = args[2].shape[0] * outliers_of_rows.shape[1], result.numel()
+    product = count * (size + (4 if args[0].dtype == torch.float16 else 6))
+    added = count * size
+    if result.dtype != args[0].dtype:
+        added += result.element_size() * (count + outliers_of_rows.numel() + columns)
+    dequantized = columns * (1 + 4 + 4) - kept
+    return int(max(dequantized, columns * size + product - kept, columns * size + added))
 
 
 @functools.cache

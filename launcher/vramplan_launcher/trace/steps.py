@@ -300,8 +300,18 @@ class Run:
 
             return hook
 
+        def recomputes(category: str) -> Any:
+            def hook(*_: Any) -> None:
+                if torch._C._current_autograd_node() is not None:
+                    counter.category = category
+
+            return hook
+
         for name in build.layers_of(self.model):
-            self.model.get_submodule(name).register_forward_hook(watch(name))
+            layer = self.model.get_submodule(name)
+            layer.register_forward_hook(watch(name))
+            layer.register_forward_pre_hook(recomputes("activation"))
+            layer.register_forward_hook(recomputes("gradient"), always_call=True)
 
     def batch(self) -> dict[str, torch.Tensor]:
         """Token ids, labels and a mask of ones, int64."""
