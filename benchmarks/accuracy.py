@@ -21,7 +21,7 @@ FILES = tuple(
     (name, title)
     for name, title in (
         ("single_gpu", "One NVIDIA H200, default allocator"),
-        ("families_gpu", "One NVIDIA H100: further families, regimes and optimizers, expandable segments"),
+        ("families_gpu", "One NVIDIA H100: more families and regimes, expandable segments"),
     )
     if (FOLDER / f"{name}.json").exists()
 )

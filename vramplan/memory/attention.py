@@ -184,12 +184,11 @@ class Attention(Activations):
         q, k, v = self.lower(q), self.lower(k), self.lower(v)
         q = q * 1.0
         allowed = self.new(Size(1, 0, 2), "bool")
-        mask = self.new(Size(1, 0, 2), q.dtype)
+        mask = self.new(Size(1, 0, 2), q.dtype)  # bound until the function returns
         del allowed
         if kv_heads != heads:
             k, v = self.expand(k, heads // kv_heads), self.expand(v, heads // kv_heads)
         weights = self.matmul(self.dense_heads(q), self.dense_heads(k * 1.0), Size(heads, 1, 2))
-        del mask
         weights = self.safe_softmax(weights)
         weights = self.dropout(weights, dropout)
         return self.matmul(weights, self.dense_heads(v), Size(heads * dim, 1, 1))

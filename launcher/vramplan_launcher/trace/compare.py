@@ -25,7 +25,7 @@ TOLERANCE = 256 * KIB
 """Scalars and tables of positions, which a description leaves out, come to less."""
 SHARE = 5000
 """... or a part in so many of the peak."""
-WINDOW = {"forward": 1, "backward": 8}
+WINDOW = {"forward": 0, "backward": 8}
 """Allocations and releases by which the two sides may set a section's bounds apart."""
 SHOWN = 4
 LAYER = re.compile(r"^(?:.*?\.)?\w+\.(\d+)(?:\.|$)")
