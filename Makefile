@@ -3,13 +3,14 @@
 # make lowest    the tests that need no torch, with the oldest versions that pyproject.toml allows
 # make bench     what importing vramplan and one estimate cost, as ratios within one run
 # make accuracy  writes docs/accuracy.md: predictions against the measured runs
+# make trace-matrix  writes docs/trace-matrix.md: estimates against traces, families x regimes (hours)
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: run test lint types lowest bench accuracy clean
+.PHONY: run test lint types lowest bench accuracy trace-matrix clean
 .DEFAULT_GOAL := run
 
 # 1 says "it does not fit", which is an answer and no failure of make.
@@ -34,6 +35,9 @@ bench: $(VENV)/.installed
 
 accuracy: $(VENV)/.installed
 	$(BIN)/python benchmarks/accuracy.py
+
+trace-matrix: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/trace_matrix.py $(MATRIX)
 
 clean:
 	rm -rf $(VENV) $(VENV)-lowest .mypy_cache .pytest_cache .ruff_cache .hypothesis

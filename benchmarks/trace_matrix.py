@@ -247,7 +247,8 @@ def line_of(c: Cell) -> str:
 
 
 def table(ran: list[Cell], key: str) -> Iterator[str]:
-    yield f"| {key} | cells | mean of peak | worst of peak | worst of an end | saved, to 1 in 1000 |"
+    heads = ("cells", "mean of peak", "worst of peak", "worst of an end", "saved, to 1 in 1000")
+    yield f"| {key} | {' | '.join(heads)} |"
     yield "|---|---:|---:|---:|---:|---:|"
     for name in sorted({c[key] for c in ran}):
         mine = [c for c in ran if c[key] == name]

@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from measured import Run, runs  # noqa: E402
+from measured import Run, runs
 
 MIB = 2**20
 STEP = 2  # the first one that finds optimizer states

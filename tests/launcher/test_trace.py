@@ -7,7 +7,17 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from vramplan_launcher.trace import Counter, autocast, quantized, reduction, trace, trace_deep  # noqa: E402  # noqa: E402
+from vramplan_launcher.trace import (  # noqa: E402
+    Counter,
+    autocast,
+    build,
+    cuda_ops,
+    engine,
+    quantized,
+    reduction,
+    trace,
+    trace_deep,
+)
 from vramplan_launcher.trace.blocks import Blocks  # noqa: E402
 
 MIB = 2**20
@@ -184,3 +194,221 @@ def test_a_deep_model_is_traced_exactly_from_shallow_ones(recipe: dict[str, obje
             other.end,
             other.peak,
         )
+
+
+def steps(
+    config: dict[str, object], recipe: dict[str, object], **options: object
+) -> dict[str, object]:
+    """A traced step's phases with the storages that were live at each peak and end."""
+    return trace(config, {**SMALL, **recipe}, steps=1, watch_peak=True, **options).step(1)
+
+
+def kept_by(phase: object, op: str) -> list[int]:
+    return [s.size for s in phase.end_storages if op in s.op]
+
+
+def test_cudnn_attention_is_taken_where_torch_prefers_it() -> None:
+    hopper, ampere = (steps(LLAMA, {}, compute_capability=c)["forward"] for c in ("9.0", "8.0"))
+    # of each of 2 layers: 2 x 4 x 64 x 16 in bf16, their log-sum-exp in fp32, a seed, an offset
+    expected = sorted([2 * 4 * 64 * 16 * 2, 2 * 4 * 64 * 4, 512, 512] * 2)
+    assert sorted(kept_by(hopper, "_cudnn_attention")) == expected
+    assert not kept_by(hopper, "_flash_attention")
+    assert kept_by(ampere, "_flash_attention")
+    assert not kept_by(ampere, "_cudnn_attention")
+
+
+def test_fp32_attention_is_the_efficient_kernel_everywhere() -> None:
+    forward = steps(LLAMA, {"dtype": "fp32", "mixed_precision": "no"})["forward"]
+    assert not kept_by(forward, "_cudnn_attention")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "arguments", "need"),
+    [
+        # fp32 dq of 16 columns and a row sum, dk and dv of 4 heads where 2 are
+        ("cudnn", [(2, 4, 64, 16), (2, 2, 64, 16)], 2 * 4 * 64 * 17 * 4 + 2 * 2 * 4 * 64 * 16 * 2),
+        ("cudnn", [(2, 4, 64, 80), (2, 4, 64, 80)], 2 * 4 * 64 * 81 * 4),
+    ],
+)
+def test_scratch_of_attentions_backward(
+    kernel: str, arguments: list[tuple[int, ...]], need: int
+) -> None:
+    q, k = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in arguments)
+    assert cuda_ops._cudnn_backward(None, (q, q, k, k), {}, None) == need
+
+
+def test_scratch_of_efficient_attention_in_fp32_is_rounded_by_64_and_128() -> None:
+    def need(width: int) -> int:
+        q = torch.empty((2, 4, 64, width), device="meta")
+        return cuda_ops._efficient_backward(None, (q, q, q, q), {}, None)
+
+    assert need(48) == 2 * 4 * 64 * (64 + 2) * 4
+    assert need(80) == 2 * 4 * 64 * (128 + 2) * 4
+
+
+def test_scratch_of_softmax_and_embedding() -> None:
+    grad = torch.empty(6, 50, device="meta")
+    mask = torch.empty(6, 50, dtype=torch.bfloat16, device="meta")
+    rules = cuda_ops.KERNEL_SCRATCH
+    assert rules[torch.ops.aten._softmax_backward_data.default](None, (grad,), {}, None) == 1200
+    assert rules[torch.ops.aten._safe_softmax.default](None, (mask,), {}, mask) == 300
+    assert torch.ops.aten._log_softmax_backward_data.default not in rules
+    few, many = (torch.empty(n, dtype=torch.int64, device="meta") for n in (3072, 5000))
+    out = torch.empty(1000, 8, dtype=torch.bfloat16, device="meta")
+    rule = rules[torch.ops.aten.embedding_dense_backward.default]
+    assert rule(None, (grad, few, 1000), {}, out) == 0
+    # 1000 segments, 500 sums more: int64 3 x 5000 + 2 x 1000 + 1500, fp32 sums of 8 columns
+    assert rule(None, (grad, many, 1000), {}, out) == 8 * 18500 + 4 * 1500 * 8
+
+
+def test_a_bias_makes_a_workspace_of_each_thread_that_adds_it() -> None:
+    biased = {**LLAMA, "attention_bias": True}
+
+    def workspaces(config: dict[str, object], recipe: dict[str, object]) -> int:
+        ends = steps(config, recipe)["step_end"].end_storages
+        return sum(s.size for s in ends if "cuBLASLt" in s.op)
+
+    assert workspaces(LLAMA, {}) == 0
+    assert workspaces(biased, {}) == MIB
+    assert workspaces(biased, {"gradient_checkpointing": True}) == 2 * MIB
+
+
+def test_families_without_sdpa_are_eager() -> None:
+    config = {**LLAMA, "model_type": "gpt_oss", "num_local_experts": 4, "head_dim": 16}
+    sdpa, eager = (steps(config, {"attention": a}) for a in ("sdpa", "eager"))
+    assert sdpa["forward"].end == eager["forward"].end
+    assert sdpa["backward"].peak == eager["backward"].peak
+
+
+def test_int8_keeps_the_outlier_columns_of_a_gated_product() -> None:
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("peft")
+    from vramplan.memory import outliers
+
+    wide = {**LLAMA, "hidden_size": 512, "intermediate_size": 1024, "initializer_range": 0.08}
+    forward = steps(wide, {"quantization": "int8", "lora": {"rank": 4}})["forward"]
+    deviation = int(0.08 * 512**0.5 * outliers.MICRO)
+    columns = int(1024 * outliers.share(deviation, 2 * 64))
+    assert 0 < columns < 1024
+    # beside the outliers' values of 2 layers: results of 16 bits and fp32 are no larger
+    kept = [s for s in forward.end_storages if "int8_mixed" in s.op and s.shape == (128, columns)]
+    assert [s.size for s in kept] == [-(-128 * columns * 4 // 512) * 512] * 2
+
+
+def test_adding_outlier_columns_copies_all_three_operands_under_autocast() -> None:
+    tokens, inputs, outputs, columns = 64, 256, 128, 32
+    rows = torch.empty(tokens, inputs, device="meta")
+    weight = torch.empty(outputs, inputs, dtype=torch.int8, device="meta")
+    kept = torch.empty(tokens, columns, device="meta")
+
+    def need(dtype: torch.dtype) -> int:
+        out = torch.empty(tokens, outputs, dtype=dtype, device="meta")
+        return quantized._int8_mixed_scratch(None, (rows, rows, weight), {}, (out, kept))
+
+    wide, result = 4 * outputs * columns, tokens * outputs
+    # the weight's columns in fp32; the int32 product, fp16 and fp32 results, one of them counted
+    assert need(torch.float32) == wide + result * (4 + 2 + 4) - result * 4
+    # now the one that is counted comes after: fp32 result, 16-bit copies of it and both factors
+    lowered = 2 * (result + tokens * columns + outputs * columns)
+    product = wide + result * (4 + 2 + 4) - result * 2
+    assert need(torch.bfloat16) == max(wide + 4 * result + lowered, product)
+
+
+def test_experts_are_there_twice_while_they_are_merged() -> None:
+    experts = {**LLAMA, "model_type": "mixtral", "num_local_experts": 4, "intermediate_size": 128}
+    load = trace(experts, SMALL, steps=1).step(0)["load"]
+    weights = load.end - 2 * 512  # inv_freq and its copy come last
+    assert load.peak - weights == 4 * 2 * 128 * 64 * 2  # a layer's gate and up in bf16
+
+
+def test_what_a_class_keeps_in_fp32_is_loaded_so() -> None:
+    config = {**LLAMA, "model_type": "gpt_oss", "num_local_experts": 4, "head_dim": 16}
+    half = build.skeleton(
+        build.hf_config(config), {"dtype": "fp16", "attention": "eager", "quantization": None}
+    )
+    kept = {n for n, p in half.named_parameters() if p.dtype == torch.float32}
+    assert kept == {n for n, _ in half.named_parameters() if "norm" in n}
+
+
+def test_adagrad_has_its_states_before_the_first_step() -> None:
+    result = trace(LLAMA, {**SMALL, "optimizer": "adagrad"}, steps=1)
+    states = result.step(1)["forward"].start - result.step(0)["prepare"].end
+    assert states >= result.parameters * 2
+
+
+# -- how the engine adds gradients that meet ---------------------------------------------------
+SIZES = {**LLAMA, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+GPT = {"vocab_size": 512, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
+MEETINGS = {
+    "llama": SIZES,
+    "gemma2": {**SIZES, "head_dim": 16},
+    "phi3": {**SIZES, "num_key_value_heads": 4},
+    "gpt2": {**GPT, "bos_token_id": 1, "eos_token_id": 2},
+    "gptj": {**GPT, "rotary_dim": 8, "bos_token_id": 1, "eos_token_id": 2},
+    "bloom": {"vocab_size": 512, "hidden_size": 64, "n_layer": 2, "n_head": 4},
+    "mixtral": {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2},
+}
+
+
+def step_on(model: object, ids: object, checkpointing: bool) -> None:
+    model.config.use_cache = False
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model(input_ids=ids, labels=ids).loss.backward()
+
+
+def sums_seen(model: object, checkpointing: bool) -> list[tuple[bool, tuple[int, ...]]]:
+    """The engine's sums on real tensors: whether in place, and of what shape, in their order."""
+    with torch.profiler.profile(record_shapes=True) as profiler:
+        step_on(model, torch.randint(3, 100, (2, 16)), checkpointing)
+    sums = [e for e in profiler.events() if e.name in ("aten::add", "aten::add_")]
+    sums.sort(key=lambda e: e.time_range.start)
+    engines = "autograd::engine::evaluate_function"
+    return [
+        (e.name == "aten::add_", tuple(e.input_shapes[0]))
+        for e in sums
+        if e.cpu_parent is not None and e.cpu_parent.name.startswith(engines)
+    ]
+
+
+def sums_traced(
+    model: object, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[bool, tuple[int, ...]]]:
+    """The same of the trace's rule, on fake tensors."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    seen: list[tuple[bool, tuple[int, ...]]] = []
+    rule = engine.adds_in_place
+
+    def watched(args: object, kwargs: object) -> bool:
+        in_place = rule(args, kwargs)
+        frame = engine.called_by_engine()
+        if frame:
+            seen.append((in_place, tuple(args[0].shape)))
+        return in_place
+
+    monkeypatch.setattr(engine, "WRAPPERS", (*engine.WRAPPERS, __name__))
+    monkeypatch.setattr(engine, "adds_in_place", watched)
+    counter = Counter(answer=cuda_ops.answer_scalar, replaced=dict(cuda_ops.REPLACED))
+    with FakeTensorMode(allow_non_fake_inputs=True), counter:
+        build.materialize(model, torch.float32)
+        step_on(model, torch.zeros((2, 16), dtype=torch.int64), checkpointing)
+    return seen
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", MEETINGS)
+def test_gradients_that_meet_are_added_as_the_engine_adds_them(
+    family: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = {"dtype": "fp32", "attention": "eager", "quantization": None}
+    config = build.hf_config({**MEETINGS[family], "model_type": family})
+    real = build.skeleton(config, recipe).to_empty(device="cpu")
+    real.tie_weights()
+    for value in (*real.parameters(), *real.buffers()):
+        if value.is_floating_point():
+            torch.nn.init.constant_(value, 0.1)
+    expected = sums_seen(real, checkpointing)
+    assert any(in_place for in_place, _ in expected)
+    assert sums_traced(build.skeleton(config, recipe), checkpointing, monkeypatch) == expected

@@ -16,7 +16,7 @@ from vramplan.cli.main import main
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from vramplan_launcher.trace import api, cache  # noqa: E402
+from vramplan_launcher.trace import api, cache
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -166,7 +166,7 @@ def test_a_broken_cache_is_no_cache(own_cache: Path) -> None:
     assert cache.read(key) is None
 
 
-CODE = '''
+CODE = """
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, GenerationMixin
@@ -185,9 +185,8 @@ class OwnForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config):
         super().__init__(config)
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            [nn.Linear(config.hidden_size, config.hidden_size) for _ in range(config.num_hidden_layers)]
-        )
+        width, depth = config.hidden_size, config.num_hidden_layers
+        self.layers = nn.ModuleList([nn.Linear(width, width) for _ in range(depth)])
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
     def get_input_embeddings(self):
@@ -201,7 +200,7 @@ class OwnForCausalLM(PreTrainedModel, GenerationMixin):
         logits = self.lm_head(x)
         loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size)
         return CausalLMOutput(loss=loss, logits=logits)
-'''
+"""
 
 
 def test_a_folder_with_its_own_code(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 from vramplan import LoRA, Recipe, estimate
 from vramplan.memory import record
 from vramplan.memory.precision import Policy
-from vramplan.memory.program import compile_step, reduce_recording
+from vramplan.memory.program import Program, compile_step, reduce_recording
 from vramplan.memory.record import Mark, Recording, record_step
+from vramplan.models import catalogue
 from vramplan.models.architecture import Architecture
 from vramplan.models.hf_config import READERS, architecture
 
@@ -57,6 +59,41 @@ def models() -> dict[str, Architecture]:
 MODELS = models()
 
 
+def family_of(model_type: str) -> Architecture:
+    """A bundled checkpoint's figures, its layers cut to three units of any pattern and a rest."""
+    entry = next(e for e in catalogue.entries() if e.model_type == model_type)
+    checkpoint = catalogue.load(entry.id)
+    assert checkpoint is not None
+    arch = architecture(checkpoint.config)
+    layers = 20 if arch.layer_kinds else 6
+    return replace(arch, layers=layers, layer_kinds=arch.layer_kinds[:layers])
+
+
+@pytest.mark.parametrize("model_type", sorted({e.model_type for e in catalogue.entries()}))
+def test_every_familys_repeats_equal_running_every_layer(
+    model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arch = family_of(model_type)
+    every = [(range(i, i + 1), 1) for i in range(arch.layers)]
+    policies = {n: replace(p, targets=p.targets and "all-linear") for n, p in POLICIES.items()}
+    short = {name: reduce_recording(record_step(arch, p)) for name, p in policies.items()}
+    monkeypatch.setattr(record, "layers_to_run", lambda kinds: every)
+    for name, policy in policies.items():
+        whole = reduce_recording(record_step(arch, policy))
+        assert len(short[name].sections) < len(whole.sections)
+        for shape in SHAPES:
+            assert extremes(short[name], *shape) == extremes(whole, *shape), (name, shape)
+
+
+def extremes(program: Program, batch: int, seq: int) -> list[int]:
+    """End and peak of forward and backward."""
+    out = []
+    for phase in ("forward", "backward"):
+        points = [p for p in program.walk(batch, seq) if p.section.phase == phase]
+        out += [points[-1].end, max(p.peak for p in points)]
+    return out
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("model", MODELS)
 def test_repeats_equal_running_every_layer(
@@ -68,12 +105,7 @@ def test_repeats_equal_running_every_layer(
     monkeypatch.setattr(record, "layers_to_run", lambda kinds: every)
     whole = reduce_recording(record_step(arch, chosen))
     for batch, seq in SHAPES:
-        found, expected = short.walk(batch, seq), whole.walk(batch, seq)
-        for phase in ("forward", "backward"):
-            mine = [p for p in found if p.section.phase == phase]
-            theirs = [p for p in expected if p.section.phase == phase]
-            assert mine[-1].end == theirs[-1].end, (batch, seq, phase)
-            assert max(p.peak for p in mine) == max(p.peak for p in theirs), (batch, seq, phase)
+        assert extremes(short, batch, seq) == extremes(whole, batch, seq), (batch, seq)
 
 
 def test_a_program_by_hand() -> None:

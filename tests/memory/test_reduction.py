@@ -23,5 +23,5 @@ def test_as_the_tracer_has_it(outputs: int, rows: int) -> None:
     tensor = torch.empty(rows, outputs, dtype=torch.bfloat16, device="meta")
     for count, threads in ((132, 2048), (108, 2048), (128, 1536)):
         device = tracing.Processors(count=count, threads=threads)
-        found = buffer_bytes(outputs, rows, Processors(count=count, threads=threads))
+        found = buffer_bytes(outputs, rows, Processors(multiprocessors=count, threads=threads))
         assert found == tracing.buffer_bytes(tensor, [0], device)

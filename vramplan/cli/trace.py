@@ -1,4 +1,4 @@
-"""`vramplan trace MODEL`: the model's real code on fake tensors, counted as an estimate is shown."""
+"""`vramplan trace MODEL`: the model's real code on fake tensors, shown as an estimate is."""
 
 from __future__ import annotations
 

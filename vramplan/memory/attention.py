@@ -184,14 +184,16 @@ class Attention(Activations):
         q, k, v = self.lower(q), self.lower(k), self.lower(v)
         q = q * 1.0
         allowed = self.new(Size(1, 0, 2), "bool")
-        mask = self.new(Size(1, 0, 2), q.dtype)  # bound until the function returns
+        mask = self.new(Size(1, 0, 2), q.dtype)
         del allowed
         if kv_heads != heads:
             k, v = self.expand(k, heads // kv_heads), self.expand(v, heads // kv_heads)
         weights = self.matmul(self.dense_heads(q), self.dense_heads(k * 1.0), Size(heads, 1, 2))
         weights = self.safe_softmax(weights)
         weights = self.dropout(weights, dropout)
-        return self.matmul(weights, self.dense_heads(v), Size(heads * dim, 1, 1))
+        out = self.matmul(weights, self.dense_heads(v), Size(heads * dim, 1, 1))
+        del mask  # bound until the function returns
+        return out
 
     def safe_softmax(self, x: Value) -> Value:
         """_safe_softmax: softmax, then rows that are all -inf (found by a mask) set to 0 in place.

@@ -87,9 +87,7 @@ def _int8_facts(arch: Architecture, recipe: Recipe) -> Iterator[str]:
         )
 
 
-def _adapter_facts(
-    tensors: tuple[Tensor, ...], recipe: Recipe, policy: Policy
-) -> Iterator[str]:
+def _adapter_facts(tensors: tuple[Tensor, ...], recipe: Recipe, policy: Policy) -> Iterator[str]:
     folded = [t for t in tensors if t.role == "expert" and policy.adapts_parameter(t.former)]
     if not folded:
         return

@@ -1,7 +1,7 @@
 """Recording a step: a family's description run forward and backward as Trainer runs the model.
 
-Where layers repeat (one kind, or a pattern of kinds) only the first unit, one of the middle and the
-end are run; the marks say how often each stands for itself.
+Where layers repeat (one kind, or a pattern of kinds) only the first unit and one more are run; the
+marks say how often each stands for itself.
 """
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ def hidden_states(g: Recorder, model: Any) -> Value:
     """The layers' forward and the final norm: what the head is given."""
     x: Value = model.embed()
     tables = model.prepare(x)
-    for layers, repeats in layers_to_run([model.kind(i) for i in range(model.arch.layers)]):
-        g.mark("forward", _name(layers), repeats)
+    for layers, repeats in layers_to_run([model.stage(i) for i in range(model.arch.layers)]):
+        g.mark("forward", _name(layers, repeats), repeats)
         for layer in layers:
             given = model.tables_for(layer, tables)
             if g.policy.checkpointing:
@@ -127,17 +127,19 @@ def hidden_states(g: Recorder, model: Any) -> Value:
     return x
 
 
-def _name(layers: range) -> str:
-    return f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]}-{layers[-1]}"
+def _name(layers: range, repeats: int) -> str:
+    count = len(layers) * repeats
+    return f"layer {layers[0]}" if count == 1 else f"layers {layers[0]}-{layers[0] + count - 1}"
 
 
 def layers_to_run(kinds: Sequence[str]) -> list[tuple[range, int]]:
     """(layers, repeats): sections of consecutive layers, and how often each happens in a row.
 
     Of a stretch with a repeating pattern of kinds (of one, where all are equal) its first unit is
-    run layer by layer, then one unit that stands for all further whole ones that something of the
-    pattern follows, then the rest. The first unit apart: what the layers of a kind share (a mask
-    held for recomputation, say) is freed in the backward of the first of them, once.
+    run layer by layer, then one unit that stands for all further whole ones, then the rest. The
+    first unit apart: what the layers of a kind share (a mask held for recomputation, say) is freed
+    in the backward of the first of them, once. The last unit not: what follows it takes and gives
+    what a unit would. Tests hold every family to a run of all its layers.
     """
     out: list[tuple[range, int]] = []
     start = 0
@@ -155,13 +157,13 @@ def layers_to_run(kinds: Sequence[str]) -> list[tuple[range, int]]:
 def _pattern(kinds: Sequence[str], start: int) -> tuple[int, int]:
     """(period, repeats) of the unit after the first that spares most layers; repeats 0: none."""
     best, spared = (1, 0), 0
-    for period in range(1, (len(kinds) - start) // 2):
-        if len(kinds) - start - 1 - 2 * period <= spared:
+    for period in range(1, (len(kinds) - start) // 2 + 1):
+        if len(kinds) - start - 2 * period <= spared:
             break  # a longer unit cannot spare more
         stop = start + period
         while stop < len(kinds) and kinds[stop] == kinds[stop - period]:
             stop += 1
-        repeats = (stop - start - period - 1) // period
+        repeats = (stop - start - period) // period
         if (repeats - 1) * period > spared:
             best, spared = (period, repeats), (repeats - 1) * period
     return best

@@ -21,7 +21,7 @@ ACCUMULATOR = 4  # bytes
 class Processors(NamedTuple):
     """A device's multiprocessors, and the threads that each holds (NVIDIA H100's, H200's)."""
 
-    processors: int = 132
+    multiprocessors: int = 132
     threads: int = 2048
 
 
@@ -37,7 +37,7 @@ def buffer_bytes(outputs: int, rows: int, device: Processors = HOPPER) -> int:
     width = min(across, limit // height)
     values = -(-rows // height)
     blocks = -(-outputs // vector // width)
-    target = device.processors * (device.threads // (width * height))
+    target = device.multiprocessors * (device.threads // (width * height))
     if values < MAX_VALUES or rows < 16 * height or blocks > target:
         return 0
     shares = max(min(-(-target // blocks), -(-values // MIN_VALUES)), -(-values // MAX_VALUES))

@@ -1,10 +1,11 @@
 """The trace: a run's real code on fake tensors, every storage counted as it is born and freed.
 
-`trace_model(model, recipe)` finds a model's config and returns what `vramplan.estimate` returns, from
-a trace; `trace(config, recipe)` is the plain one underneath: it builds the transformers model, peft's
-adapters and the optimizer as the launcher would, without a GPU and without memory for weights, and
-runs training steps as transformers' `Trainer` does. Both need torch, transformers, peft and
-accelerate, on any machine; names are loaded when they are first used, so importing this needs none.
+`trace_model(model, recipe)` finds a model's config and returns what `vramplan.estimate` returns,
+from a trace; `trace(config, recipe)` is the plain one underneath: it builds the transformers model,
+peft's adapters and the optimizer as the launcher would, without a GPU and without memory for
+weights, and runs training steps as transformers' `Trainer` does. Both need torch, transformers,
+peft and accelerate, on any machine; names are loaded when they are first used, so importing this
+needs none of them.
 """
 
 from __future__ import annotations

@@ -171,7 +171,7 @@ def trace_model(
 ) -> Traced:
     """Trace the fine-tuning of `model` by `recipe`, or take the trace that was made before.
 
-    `model`: as for `vramplan.estimate`. `trust_remote_code`: run the Python files of a local folder.
+    `model`: as for `vramplan.estimate`. `trust_remote_code`: run a local folder's Python files.
 
     Raises UserError for what is wrong with the input, NotInstalled where a trace must be made and
     torch, transformers or another library that it runs is not there.
@@ -180,7 +180,9 @@ def trace_model(
 
     located = locate(model, offline=offline)
     code = own_code(located, trust_remote_code)
-    card = parse_gpu(gpu) if isinstance(gpu, str) else Gpus(gpu=gpu) if isinstance(gpu, Gpu) else gpu
+    card = (
+        parse_gpu(gpu) if isinstance(gpu, str) else Gpus(gpu=gpu) if isinstance(gpu, Gpu) else gpu
+    )
     capability = capability_of(card)
     key = cache.key(located.config, recipe, capability, code)
     held = cache.read(key) if use_cache else None
@@ -232,8 +234,8 @@ def run(
     does not describe can't be run on fake tensors.
     """
     check_installed(recipe)
+    from vramplan_launcher.trace.naming import silent
     from vramplan_launcher.trace.scaling import run_deep
-    from vramplan_launcher.trace.steps import silent
 
     kind = config.get("model_type")
     try:
@@ -278,7 +280,7 @@ def _facts(deep: Deep) -> dict[str, Any]:
     phases: dict[str, tuple[int, int]] = {}
     highest = max(range(len(deep.trace.phases)), key=lambda i: deep.trace.phases[i].peak)
     for phase in deep.trace.phases:
-        step, _, name = phase.name.partition(":")
+        name = phase.name.partition(":")[2]
         name = {"clip": "optimizer_step", "step_end": ""}.get(name, name)
         if name:
             _, peak = phases.get(name, (0, 0))
@@ -293,9 +295,7 @@ def _facts(deep: Deep) -> dict[str, Any]:
         "phases": phases,
         "breakdown": breakdown,
         "managed": deep.trace.managed,
-        "workspace": sum(
-            s.size for s in counter.storages.values() if s.category == "workspace"
-        ),
+        "workspace": sum(s.size for s in counter.storages.values() if s.category == "workspace"),
         "versions": cache.versions(),
     }
 

@@ -67,8 +67,11 @@ def model_class(config: Any) -> Any:
     Encoder-decoders before causal models: some (BART) have both, and the whole is what trains.
     Raises UserError where transformers has no such class.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-    from transformers import AutoModelForSeq2SeqLM
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForSeq2SeqLM,
+    )
 
     from vramplan.errors import UserError
 
@@ -165,8 +168,9 @@ def materialize(model: Any, dtype: torch.dtype) -> None:
         return seen[id(value)]
 
     quantizes = quantized.installed()
-    names = [n for n, _ in model.named_parameters(remove_duplicate=False)]
-    names.sort(key=lambda n: (n in tied, dot_natural_key(merged.get(n, n))))
+    names: list[str] = [n for n, _ in model.named_parameters(remove_duplicate=False)]
+    saved = {**dict(zip(names, names, strict=True)), **merged}
+    names.sort(key=lambda n: (n in tied, dot_natural_key(saved[n])))
     for full in names:
         owner, _, name = full.rpartition(".")
         module = modules[owner]

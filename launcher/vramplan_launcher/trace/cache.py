@@ -2,7 +2,7 @@
 
 A trace follows from the model's config (and its own code, where it has some), the recipe, the
 card's compute capability, the versions of the libraries and the tracer's own code: these make its
-name. Where the libraries are not installed, the newest trace of the same config and recipe is taken.
+name. Where the libraries are not installed, the newest trace of that config and recipe is taken.
 """
 
 from __future__ import annotations

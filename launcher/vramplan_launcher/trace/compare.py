@@ -276,7 +276,7 @@ def _named(
     keeps = what == "what it keeps"
     sizes = (mine.kept, theirs.kept) if keeps else (mine.highest, theirs.highest)
     ends = (mine.end, theirs.end) if keeps else (mine.peak, theirs.peak)
-    rules = _rules(needed, phase)
+    rules = _rules(needed, phase, mine.name.startswith("layer"))
     ops: dict[int, dict[str, None]] = {}
     for storage in theirs.storages:
         ops.setdefault(storage.size, {})[f"{storage.op} {_place(storage)}".strip()] = None
@@ -306,7 +306,7 @@ def _listed(only: Tally[int], makers: Mapping[int, Sequence[str]]) -> tuple[str,
     return tuple(out)
 
 
-def _rules(needed: Estimate, phase: str) -> dict[int, dict[str, None]]:
+def _rules(needed: Estimate, phase: str, layers: bool) -> dict[int, dict[str, None]]:
     """By size, the description's methods and rules that allocate it in a phase."""
     from vramplan.memory.labels import labelled_step
 
@@ -315,7 +315,7 @@ def _rules(needed: Estimate, phase: str) -> dict[int, dict[str, None]]:
     scale = powers(recipe.batch_size, recipe.seq_len)
     out: dict[int, dict[str, None]] = {}
     for mark, events in labelled.sections():
-        if mark.phase != phase:
+        if mark.phase != phase or mark.name.startswith("layer") != layers:
             continue
         for event in events:
             if event < 0:

@@ -81,7 +81,7 @@ def choose_sdpa_kernel(
         and all(t.size(-1) <= CUDNN_MOST and t.size(-1) % 8 == 0 for t in (q, k, v))
         and (same_heads or grouped)
         and rows
-        and not _grad_needed(mask)  # cuDNN's gives a bias no gradient (derivatives.yaml); T5's has one
+        and not _grad_needed(mask)  # T5's bias has one, cuDNN's gives none (derivatives.yaml)
     ):
         return "cudnn"
     if (
@@ -118,9 +118,7 @@ def _sdpa(
     capability: str = "9.0",
 ) -> torch.Tensor:
     """`scaled_dot_product_attention` of ATen/native/transformers/attention.cpp, on CUDA."""
-    kernel = choose_sdpa_kernel(
-        query, key, value, attn_mask, is_causal, enable_gqa, capability
-    )
+    kernel = choose_sdpa_kernel(query, key, value, attn_mask, is_causal, enable_gqa, capability)
     if kernel == "flash":
         width = query.size(-1)
         scale = scale if scale is not None else 1 / math.sqrt(width)
@@ -365,4 +363,3 @@ CUBLAS_WORKSPACE_DEFAULT = 2 * 4096 * 1024 + 8 * 16 * 1024
 CUBLASLT_WORKSPACE = 2**20
 """Bytes that stay with a thread once it has run a product with a bias as its epilogue:
 `_getWorkspaceSize` (cuda/CUDABlas.cpp), 1024 KiB; measured on an H100."""
-

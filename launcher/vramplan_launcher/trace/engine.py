@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -42,8 +42,8 @@ def called_by_engine() -> bool:
 
 def holders(tensor: torch.Tensor) -> tuple[int, int]:
     """Counted references to a tensor and to its storage, those of this call among them."""
-    storage = tensor.untyped_storage()
-    return tensor._use_count(), torch._C._storage_Use_Count(storage._cdata)
+    storage, counted = tensor.untyped_storage(), cast(Any, tensor)
+    return counted._use_count(), torch._C._storage_Use_Count(storage._cdata)
 
 
 class _Probe(TorchDispatchMode):

@@ -104,6 +104,8 @@ def cuda_backend(counter: Any) -> Iterator[None]:
         state = state or _functions.MatmulLtState()
         if threshold > 0.0:
             state.threshold = threshold
+        enabled = torch.is_autocast_enabled("cpu")
+        counter.autocast = torch.get_autocast_dtype("cpu") if enabled else None
         return _functions.MatMul8bitLt.apply(rows, weight, out, bias, state)
 
     def paged(*shape: int, dtype: torch.dtype = torch.float32, device: Any = None) -> torch.Tensor:
@@ -193,30 +195,29 @@ def _int8_quant_scratch(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     return 3 * args[0].numel() if threshold > 0.0 else 0
 
 
-def _autocast_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What autocast makes of an operand of a product."""
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else dtype
-
-
-def _int8_mixed(
-    func: Any,
-    rows: torch.Tensor,
-    packed: torch.Tensor,
-    weight: torch.Tensor,
-    row_scales: Any,
-    scales: Any,
-    columns: torch.Tensor | None = None,
-    bias: Any = None,
-) -> Any:
+def _int8_mixed(counter: Any) -> Callable[..., Any]:
     """The result, and the outlier columns of the input (backends/default/ops.py).
 
     Those are added by `output.addmm`, which autocast sees: the result is of its dtype then.
     """
-    shape = (*packed.shape[:-1], weight.shape[0])
-    if columns is None or not columns.numel():
-        return torch.empty(shape, dtype=rows.dtype), torch.empty(0, dtype=rows.dtype)
-    out = torch.empty(shape, dtype=_autocast_dtype(rows.dtype))
-    return out, torch.empty((_rows(rows), columns.numel()), dtype=rows.dtype)
+
+    def kernel(
+        func: Any,
+        rows: torch.Tensor,
+        packed: torch.Tensor,
+        weight: torch.Tensor,
+        row_scales: Any,
+        scales: Any,
+        columns: torch.Tensor | None = None,
+        bias: Any = None,
+    ) -> Any:
+        shape = (*packed.shape[:-1], weight.shape[0])
+        if columns is None or not columns.numel():
+            return torch.empty(shape, dtype=rows.dtype), torch.empty(0, dtype=rows.dtype)
+        out = torch.empty(shape, dtype=counter.autocast or rows.dtype)
+        return out, torch.empty((_rows(rows), columns.numel()), dtype=rows.dtype)
+
+    return kernel
 
 
 def _int8_scaled_scratch(func: Any, args: Any, kwargs: Any, out: Any) -> int:
@@ -307,7 +308,7 @@ def kernels(found: Outliers) -> dict[Any, Any]:
     ops = torch.ops.bitsandbytes
     return {
         ops.int8_vectorwise_quant.default: _int8_quant(found.columns),
-        ops.int8_mixed_scaled_mm.default: _int8_mixed,
+        ops.int8_mixed_scaled_mm.default: _int8_mixed(found.counter),
     }
 
 
@@ -330,7 +331,14 @@ def notices(added_bias: Callable[[Any], None], capability: str) -> dict[Any, Any
         return {}
 
     def gemm_4bit(
-        left: Any, packed: Any, shape: Any, absmax: Any, block: int, kind: str, *rest: Any, **kw: Any
+        left: Any,
+        packed: Any,
+        shape: Any,
+        absmax: Any,
+        block: int,
+        kind: str,
+        *rest: Any,
+        **kw: Any,
     ) -> None:
         few = uses_custom_gemm(
             left.dtype, _rows(left), tuple(shape), block, capability, Processors()

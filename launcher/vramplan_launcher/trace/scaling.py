@@ -16,6 +16,10 @@ from vramplan_launcher.trace.build import DEPTH_KEYS, TEXT
 from vramplan_launcher.trace.counting import Event, Phase
 from vramplan_launcher.trace.steps import Trace, trace
 
+CRUMB = 4096
+"""Bytes up to which an allocation's size does not tell it from another."""
+MOST_EVENTS = 8000
+"""Of a phase, to be aligned part by part: it takes time by their square."""
 SHALLOW = 4
 """Layers of the shallower trace: two at each end, the inner one of which stands for all between."""
 
@@ -50,7 +54,7 @@ def period_of(config: dict[str, Any]) -> tuple[int, int] | None:
 class Deep:
     """A trace, and the two shallower ones that it was reckoned from (both itself, if it was not).
 
-    What `small` and `large` have in common is found `times` further in the depth that was asked for.
+    What `large` has more than `small` comes `times` more in the depth that was asked for.
     """
 
     trace: Trace
@@ -153,28 +157,66 @@ def _within(run: Trace, phase: Phase) -> Sequence[Event]:
     return (run.counter.events or [])[phase.first_event : phase.last_event]
 
 
-def _kind(event: Event) -> tuple[bool, str, str]:
-    return event.delta > 0, event.storage.op, event.storage.dtype
+def _kind(event: Event) -> Kind:
+    """What makes two the same: size but for crumbs, which may grow with the depth (clipping's)."""
+    size = event.delta if event.delta > CRUMB else 0
+    return size, event.storage.op, event.storage.dtype
 
 
 def _peak(
     small: Sequence[Event], large: Sequence[Event], times: int
 ) -> tuple[int, int, int] | None:
-    """The extrapolated maximum and its two instants, or None where the traces don't run alike."""
-    count = len(small)
-    ahead = 0
-    while ahead < count and _kind(small[ahead]) == _kind(large[ahead]):
-        ahead += 1
-    behind = 0
-    while behind < count and _kind(small[-1 - behind]) == _kind(large[-1 - behind]):
-        behind += 1
-    if ahead + behind < count:
+    """The extrapolated maximum and its two instants, or None where the traces don't run alike.
+
+    Only allocations are looked at: the most is just after one, and releases that follow each other
+    come in no fixed order (autocast's cache is a hash map).
+    """
+    born = [[i for i, event in enumerate(run) if event.delta > 0] for run in (small, large)]
+    kinds = [
+        [_kind(run[i]) for i in places] for run, places in zip((small, large), born, strict=True)
+    ]
+    pairs = _ends_alike(*kinds)
+    if pairs is None:
+        pairs = _parts_alike(*kinds)
+    if pairs is None:
         return None
-    pairs = [(index, index) for index in range(ahead)]
-    pairs += [(count - index, len(large) - index) for index in range(1, behind + 1)]
     best = (0, -1, -1)
-    for low, high in pairs:
+    for one, two in pairs:
+        low, high = born[0][one], born[1][two]
         live = _line(small[low].live, large[high].live, times)
         if live > best[0]:
             best = (live, low, high)
     return best
+
+
+Pairs = list[tuple[int, int]]
+"""Numbers of the same allocation in the shallower and the deeper trace."""
+
+
+Kind = tuple[int, str, str]
+
+
+def _ends_alike(small: Sequence[Kind], large: Sequence[Kind]) -> Pairs | None:
+    """Where the deeper trace has something more in one place."""
+    count = len(small)
+    ahead = 0
+    while ahead < count and small[ahead] == large[ahead]:
+        ahead += 1
+    behind = 0
+    while behind < count and small[-1 - behind] == large[-1 - behind]:
+        behind += 1
+    if ahead + behind < count:
+        return None
+    pairs = [(index, index) for index in range(ahead)]
+    return pairs + [(count - index, len(large) - index) for index in range(1, behind + 1)]
+
+
+def _parts_alike(small: Sequence[Kind], large: Sequence[Kind]) -> Pairs | None:
+    """Where it has more in several: each norm of clipping, the layers of encoder and decoder."""
+    if len(small) > MOST_EVENTS:
+        return None
+    from difflib import SequenceMatcher
+
+    blocks = SequenceMatcher(None, small, large, autojunk=False).get_matching_blocks()
+    pairs = [(low + i, high + i) for low, high, size in blocks for i in range(size)]
+    return pairs if len(pairs) == len(small) else None

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import logging
 import types
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vramplan_launcher.trace import autocast, build, cuda_ops, quantized, reduction
+from vramplan_launcher.trace import autocast, build, cuda_ops, naming, quantized, reduction
 from vramplan_launcher.trace.blocks import Blocks
 from vramplan_launcher.trace.counting import Counter, Phase
 from vramplan_launcher.trace.reduction import Processors
@@ -100,12 +97,12 @@ def trace(
         watch_peak=watch_peak,
         blocks=Blocks() if chosen["allocator"] == "default" else None,
     )
-    with quiet():
+    with naming.quiet():
         skeleton = build.skeleton(build.hf_config(config, layers, code), chosen, code)
     base = sum(p.numel() for p in skeleton.parameters())
     counter.replaced |= quantized.kernels(quantized.Outliers(skeleton, counter))
     paths = cuda_semantics(counter, compute_capability)
-    with paths, FakeTensorMode(allow_non_fake_inputs=True), counter, quiet():
+    with paths, FakeTensorMode(allow_non_fake_inputs=True), counter, naming.quiet():
         run = Run(skeleton, chosen, counter, compute_capability)
         run.load()
         run.prepare()
@@ -120,29 +117,6 @@ def trace(
             base_parameters=base,
             managed=run.managed(),
         )
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Libraries' warnings about a run that never happens are of no use to anyone."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-@contextlib.contextmanager
-def silent() -> Iterator[None]:
-    """While open, the libraries log nothing: what fails is raised."""
-    names = ("transformers", "bitsandbytes", "peft", "torch._subclasses.fake_tensor")
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 @contextlib.contextmanager
@@ -213,7 +187,7 @@ class Run:
             self.model.config.use_cache = False
             self.model.train()
         self._label_parameters()
-        self._name_modules()
+        naming.name_modules(self.model, counter, self.running)
         self.loss_kwargs = build.accepts_loss_kwargs(self.model)
         self.input_names = build.input_names(self.model)
         if recipe["mixed_precision"] != "no":
@@ -261,57 +235,6 @@ class Run:
             self.counter.relabel(value, "parameter", name)
         for name, value in self.model.named_buffers():
             self.counter.relabel(value, "parameter", name)
-
-    def _name_modules(self) -> None:
-        """Tells the counter which module is running."""
-        counter, stack = self.counter, self.running
-
-        def before(name: str) -> Any:
-            def hook(module: nn.Module, args: Any) -> None:
-                stack.append(name)
-                counter.module = name
-
-            return hook
-
-        def after(module: nn.Module, args: Any, out: Any) -> None:
-            if len(stack) > 1:
-                stack.pop()
-            counter.module = stack[-1]
-
-        for name, module in self.model.named_modules():
-            module.register_forward_pre_hook(before(name))
-            module.register_forward_hook(after, always_call=True)
-        if counter.events is not None:
-            self._name_backward()
-
-    def _name_backward(self) -> None:
-        """Tells the counter whose backward begins: the layer whose output's gradient arrives."""
-        counter = self.counter
-
-        def watch(name: str) -> Any:
-            def arrived(grad: torch.Tensor) -> None:
-                counter.module = self.running[0] = name
-
-            def hook(module: nn.Module, args: Any, out: Any) -> None:
-                first = out[0] if isinstance(out, (tuple, list)) else out
-                recomputed = torch._C._current_autograd_node() is not None
-                if isinstance(first, torch.Tensor) and first.requires_grad and not recomputed:
-                    first.register_hook(arrived)
-
-            return hook
-
-        def recomputes(category: str) -> Any:
-            def hook(*_: Any) -> None:
-                if torch._C._current_autograd_node() is not None:
-                    counter.category = category
-
-            return hook
-
-        for name in build.layers_of(self.model):
-            layer = self.model.get_submodule(name)
-            layer.register_forward_hook(watch(name))
-            layer.register_forward_pre_hook(recomputes("activation"))
-            layer.register_forward_hook(recomputes("gradient"), always_call=True)
 
     def batch(self) -> dict[str, torch.Tensor]:
         """Token ids, labels and a mask of ones, int64."""

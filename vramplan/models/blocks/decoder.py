@@ -34,6 +34,10 @@ class Decoder:
         """Layers of one kind allocate alike."""
         return "layer"
 
+    def stage(self, layer: int) -> str:
+        """Layers of one stage also free alike: of its kind, unless something ends with it."""
+        return self.kind(layer)
+
     def embed(self) -> Tensor:
         """What the first block is given; `held` keeps what the model's forward keeps of it."""
         x = self.token_embedding()

@@ -39,14 +39,16 @@ class Gemma(Llama):
 class Gemma2(Gemma):
     """models/gemma2/modeling_gemma2.py: norms on both sides, sliding and full layers, soft caps."""
 
-    def kind(self, layer: int) -> str:
+    @property
+    def kinds_differ(self) -> bool:
         """Sliding layers differ by their mask: what they save of it, or how long they hold it."""
         policy = self.g.policy
         if policy.attention == "sdpa":
-            differ = policy.beyond_window
-        else:
-            differ = policy.attention == "eager" and policy.checkpointing
-        return self.arch.layer_kinds[layer] if differ else FULL
+            return bool(policy.beyond_window)
+        return bool(policy.attention == "eager" and policy.checkpointing)
+
+    def kind(self, layer: int) -> str:
+        return self.arch.layer_kinds[layer] if self.kinds_differ else FULL
 
     def prepare(self, x: Tensor) -> tuple[Tensor, ...]:
         """Full mask, sliding mask, cos, sin."""
@@ -82,6 +84,12 @@ class Gemma2(Gemma):
 
 class Gemma3(Gemma2):
     """models/gemma3/modeling_gemma3.py, Gemma3ForCausalLM: normed query and key, two rotations."""
+
+    def stage(self, layer: int) -> str:
+        """Where kinds allocate alike, the first full layer's backward still frees tables."""
+        kinds = self.arch.layer_kinds
+        first = FULL in kinds and layer == kinds.index(FULL)
+        return "first full" if first and not self.kinds_differ else self.kind(layer)
 
     def prepare(self, x: Tensor) -> tuple[Tensor, ...]:
         """Full mask, sliding mask, then cos and sin of each kind."""
