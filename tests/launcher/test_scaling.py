@@ -9,8 +9,8 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from vramplan_launcher.trace.scaling import run_deep  # noqa: E402
-from vramplan_launcher.trace.steps import trace  # noqa: E402
+from vramplan_launcher.trace.scaling import run_deep
+from vramplan_launcher.trace.steps import trace
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -188,7 +188,17 @@ class Graph(FusedHeads):
                 out = self.new(rows.times(n_out), dtype)
             del accumulated
             if columns is not None:
-                out = self.new(rows.times(n_out), dtype)  # output.addmm(subA, subB)
+                # output.addmm(subA, subB): autocast casts all three, and the result
+                added, casts = self.autocast or dtype, []
+                if added != dtype:
+                    width = ITEMSIZE[added]
+                    casts = [
+                        self.new(rows.times(n_out), added).storage,
+                        self.allocate((size.numel * width, x.tail, outliers.ROWS)),
+                        self.allocate((n_in * n_out * width, x.tail, outliers.COLUMNS)),
+                    ]
+                out = self.new(rows.times(n_out), added)
+                del casts
             del quantized, scales, columns
             return out
 

@@ -143,16 +143,12 @@ def _estimated(needed: Estimate, phase: str) -> list[tuple[Layers, Stretch]]:
     mine = [p for p in points if p.section.phase == phase]
     before = points.index(mine[0])
     base = live = points[before - 1].end if before else 0
-    step = 1 if phase == "forward" else -1
-    layer = 0 if phase == "forward" else needed.architecture.layers - 1
     out: list[tuple[Layers, Stretch]] = []
     for point in mine:
         name = point.section.name
         if name.startswith("layer"):
             first, last = _bounds(name)
-            count = (last - first + 1) * point.section.repeats
-            layers = (layer, layer + step * (count - 1))
-            layer += step * count
+            layers = (first, last) if phase == "forward" else (last, first)
             out.append((layers, _begun(_layers_name(layers), live - base)))
         elif not out or (out[-1][0] is not None and phase == "forward"):
             out.append((None, _begun(name, live - base)))
@@ -187,7 +183,7 @@ def _tally(instant: Any, sizes: Sequence[int], times: int) -> Tally[int]:
 
 
 def _bounds(name: str) -> tuple[int, int]:
-    """ "layer 3" or "layers 3-5" """
+    """ "layer 3", or "layers 3-5" """
     first, _, last = name.partition(" ")[2].partition("-")
     return int(first), int(last or first)
 

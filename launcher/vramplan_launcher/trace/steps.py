@@ -100,6 +100,8 @@ def trace(
     with naming.quiet():
         skeleton = build.skeleton(build.hf_config(config, layers, code), chosen, code)
     base = sum(p.numel() for p in skeleton.parameters())
+    if chosen["lora"]:
+        importlib.import_module("peft")  # modules make tensors when they are imported
     counter.replaced |= quantized.kernels(quantized.Outliers(skeleton, counter))
     paths = cuda_semantics(counter, compute_capability)
     with paths, FakeTensorMode(allow_non_fake_inputs=True), counter, naming.quiet():
