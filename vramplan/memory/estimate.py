@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +14,10 @@ from vramplan.memory.facts import facts
 from vramplan.memory.legality import check_model
 from vramplan.memory.needs import Needs
 from vramplan.memory.precision import Policy, policy_of
+from vramplan.memory.sharding import Sharded
 from vramplan.memory.timeline import Parts, Timeline, parts, run_timeline
+from vramplan.memory.zero import zero_parts
+from vramplan.memory.zero_timeline import zero_breakdown, zero_timeline
 from vramplan.models.architecture import Architecture
 from vramplan.models.hf_config import architecture
 from vramplan.recipe.recipe import Recipe
@@ -49,6 +52,8 @@ class Estimate(Needs):
     policy: Policy = field(repr=False)
     notes: tuple[str, ...] = ()
     """What was assumed of the model (how its name was read, and the like)."""
+    sharded: Sharded | None = field(repr=False, default=None)
+    """Under DeepSpeed: this rank's part, and its host memory."""
 
     @property
     def parameters(self) -> int:
@@ -98,7 +103,7 @@ class Estimate(Needs):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as `vramplan estimate --json` prints it."""
-        return {
+        document = {
             "schema": 1,
             "model": {
                 "id": self.id,
@@ -120,6 +125,9 @@ class Estimate(Needs):
             "fits": self.fits,
             "warnings": list(self.warnings),
         }
+        if self.sharded is not None:
+            document["host"] = asdict(self.sharded.host)
+        return document
 
 
 def estimate(
@@ -140,11 +148,16 @@ def estimate(
     card = cards(gpu)
     capability = card.gpu.compute_capability if card is not None and not card.nominal else None
     policy = policy_of(recipe, arch, capability)
-    run = parts(arch, policy, recipe.optimizer, recipe.allocator)
-    workspace = allocator.workspaces(capability, run.program.epilogues)
-    timeline = run_timeline(
-        run, recipe.batch_size, recipe.seq_len, recipe.gradient_accumulation_steps, workspace
-    )
+    batch, seq, steps = recipe.batch_size, recipe.seq_len, recipe.gradient_accumulation_steps
+    part = None
+    if recipe.deepspeed is None:
+        run = parts(arch, policy, recipe.optimizer, recipe.allocator)
+        workspace = allocator.workspaces(capability, run.program.epilogues)
+        timeline = run_timeline(run, batch, seq, steps, workspace)
+    else:
+        run, part = zero_parts(arch, policy, recipe, recipe.deepspeed)
+        workspace = allocator.workspaces(capability, run.program.epilogues)
+        timeline = zero_timeline(part, batch, seq, steps, workspace)
     return Estimate(
         id=name,
         architecture=arch,
@@ -156,6 +169,7 @@ def estimate(
         parts=run,
         policy=policy,
         notes=notes,
+        sharded=part,
     )
 
 
@@ -188,6 +202,12 @@ def _breakdown(e: Estimate) -> dict[str, int]:
     timeline, recipe = e.timeline, e.recipe
     out = dict.fromkeys(CATEGORIES, 0)
     phase = e.peak_phase
+    if e.sharded is not None:
+        batch, seq = recipe.batch_size, recipe.seq_len
+        out.update(zero_breakdown(e.sharded, timeline, e.workspace, batch, seq))
+        rest = "activation" if phase in ("forward", "backward") else "temporary"
+        out[rest] += e.peak_allocated - sum(out.values())
+        return out
     if phase in ("load", "prepare"):
         out["parameter"] = getattr(timeline, phase).end
         out["temporary"] = e.peak_allocated - out["parameter"]

@@ -61,6 +61,16 @@ class Policy:
         return all(any(t == n or t.endswith("." + n) for t in self.targets) for n in former)
 
 
+def _adapter_dtype(recipe: Recipe, engine: str | None) -> str:
+    """DeepSpeed 0.19.8, engine.py, _cast_module_mixed_precision: weights are cast to the engine's
+    dtype, but under stage 3 none are (zero.Init made them so), and adapters came after that.
+    """
+    if recipe.lora is None:
+        return "fp32"
+    whole = recipe.deepspeed is not None and recipe.deepspeed.stage < 3
+    return engine if engine and whole else recipe.lora.dtype
+
+
 def keeps_gradients(recipe: Recipe) -> bool:
     """Whether gradients stay on the weights between micro-batches; ZeRO takes them away."""
     return recipe.deepspeed is None or recipe.deepspeed.stage == 0
@@ -88,7 +98,7 @@ def policy_of(recipe: Recipe, arch: Architecture, capability: str | None = None)
         compute_dtype=autocast or recipe.dtype,
         rank=lora.rank if lora else None,
         lora_dropout=float(lora.dropout) if lora else 0.0,
-        adapter_dtype=engine or (lora.dtype if lora else "fp32"),
+        adapter_dtype=_adapter_dtype(recipe, engine),
         targets=lora.target_modules if lora else None,
         attention=recipe.attention,
         checkpointing=recipe.gradient_checkpointing,

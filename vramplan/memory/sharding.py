@@ -75,6 +75,11 @@ class Sharded:
     """Gradients that are kept from one micro-batch to the next."""
 
     @property
+    def initialized(self) -> int:
+        """Bytes after deepspeed.initialize: states come with the first step."""
+        return self.resident - self.states
+
+    @property
     def resident(self) -> int:
         return self.weights + self.masters + self.states + self.buffers + self.gradients
 
@@ -291,13 +296,14 @@ class _Part:
             persistent = self.each([w for w in parameters if w.numel <= threshold])
         groups = sub_groups(self.list, ranks, zero.sub_group_size)
         owned, largest = sum(groups), max(groups)
-        flat = 0 if zero.offload_param else self.up(owned * width)
+        own = self.trained[0].itemsize  # adapters stay as peft made them
+        flat = 0 if zero.offload_param else self.up(owned * own)
         apart = sum(
             self.up(partition(w.numel, ranks) * w.itemsize) for w in parameters if not w.trains
         )
         if zero.offload_param:
             apart = 0
-        masters = sum(self.up(n * FP32) for n in groups) if width != FP32 else 0
+        masters = sum(self.up(n * FP32) for n in groups)  # 'cuda:0' is not torch.device: no alias
         states = sum(self.states_of(n) for n in groups)
         gradients = self.up(owned * width)
         one = self.up(largest * width)
@@ -340,8 +346,9 @@ class _Part:
         if not any(w.role == "head" for w in made):
             made += [w for w in made if w.role == "embedding"][:1]
         largest = max(self.up(w.nbytes) for w in made)
-        if self.zero.offload_param:
-            return buffers, buffers + largest
+        if self.zero.offload_param:  # gathering begins with a copy of the partition
+            part = max(self.up(partition(w.numel, self.ranks) * w.itemsize) for w in made)
+            return buffers, buffers + largest + part
         loaded = sum(self.up(partition(w.numel, self.ranks) * w.itemsize) for w in made) + buffers
         return loaded, loaded + largest
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from vramplan.memory.program import Point, Program, Section, powers_of
@@ -26,7 +27,7 @@ def zero_timeline(
     backward = Phase(backward.end + part.arriving, max(backward.peak, backward.end + part.arriving))
     return Timeline(
         load=Phase(part.loaded, part.load_peak),
-        prepare=Phase(part.resident - part.states, part.initialized_peak),
+        prepare=Phase(part.initialized, max(part.initialized, part.initialized_peak)),
         forward=forward,
         backward=backward,
         optimizer_step=Phase(resident, resident + part.step),
@@ -110,3 +111,43 @@ def _phase(points: list[Point], name: str, base: int) -> Phase:
 
 def _higher(one: Phase, other: Phase) -> Phase:
     return Phase(one.end, max(one.peak, other.peak))
+
+
+def zero_breakdown(
+    part: Sharded, timeline: Timeline, workspace: int, batch: int, seq: int
+) -> dict[str, int]:
+    """Bytes by category at the peak; what they lack of it is the caller's."""
+    out: Counter[str] = Counter()
+    phase = timeline.peak_phase
+    if phase == "load":
+        out["parameter"] = part.loaded
+        return dict(out)
+    out["parameter"] = part.weights
+    out["optimizer"] = part.masters + (part.states if phase != "prepare" else 0)
+    out["buffer"], out["gradient"] = part.buffers, part.gradients
+    if phase == "prepare":
+        return dict(out) if sum(out.values()) <= timeline.peak else {"parameter": timeline.peak}
+    out["workspace"] = workspace
+    if phase == "optimizer_step":
+        out["gradient"] += part.arriving
+        return dict(out)
+    out["gradient"] += timeline.held_gradients
+    points = list(timeline.points)
+    mine = [i for i, p in enumerate(points) if p.section.phase == phase]
+    index = max(mine, key=lambda i: points[i].peak)
+    for category, size in part.program.live_at(points, index, batch, seq).items():
+        out[category] += size
+    layer = _repeated_layer(points[index])
+    if part.gathering is not None:
+        out["parameter"] += part.gathering.at(phase, layer)
+    if phase == "backward" and layer is not None:
+        out["gradient"] += extra_at(part, phase, layer)
+        if part.gathering is not None:
+            out["gradient"] -= part.gathering.at(phase, layer)
+    return dict(out)
+
+
+def _repeated_layer(point: Point) -> int | None:
+    """The layer in which a section's peak falls, if in its first or last repetition."""
+    runs = list(_repetitions(point.section))
+    return runs[-1 if point.last else 0][0]
