@@ -205,8 +205,8 @@ def _breakdown(e: Estimate) -> dict[str, int]:
     if e.sharded is not None:
         batch, seq = recipe.batch_size, recipe.seq_len
         out.update(zero_breakdown(e.sharded, timeline, e.workspace, batch, seq))
-        rest = "activation" if phase in ("forward", "backward") else "temporary"
-        out[rest] += e.peak_allocated - sum(out.values())
+        left = "activation" if phase in ("forward", "backward") else "temporary"
+        out[left] += e.peak_allocated - sum(out.values())
         return out
     if phase in ("load", "prepare"):
         out["parameter"] = getattr(timeline, phase).end

@@ -19,9 +19,7 @@ def zero_parts(
 ) -> tuple[Parts, Sharded]:
     """The first rank's parts: the weights that it keeps, its states, the program of its step."""
     steps = recipe.gradient_accumulation_steps
-    part = sharded(
-        arch, policy, recipe.optimizer, recipe.allocator, zero, recipe.world_size, steps
-    )
+    part = sharded(arch, policy, recipe.optimizer, recipe.allocator, zero, recipe.world_size, steps)
     whole = layout(arch, policy, recipe.allocator)
     mine = replace(
         whole,
