@@ -35,7 +35,8 @@ class Run:
     case: dict[str, Any]
 
     def estimate(self) -> Estimate:
-        return estimate(self.config, self.recipe)
+        """Of the first rank, as measured."""
+        return estimate(self.config, self.recipe, rank=0)
 
 
 def runs(name: str) -> Iterator[Run]:

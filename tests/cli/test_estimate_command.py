@@ -14,8 +14,8 @@ from vramplan.cli.main import main
 from vramplan.hardware.catalogue import parse_gpu
 from vramplan.memory.estimate import estimate
 from vramplan.models import catalogue
-from vramplan.recipe.files import write_recipe
 from vramplan.recipe.deepspeed import DeepSpeed
+from vramplan.recipe.files import write_recipe
 from vramplan.recipe.recipe import LoRA, Recipe
 
 ROOT = Path(__file__).parents[2]
@@ -391,11 +391,13 @@ def test_host_memory_is_shown(capsys: Captured) -> None:
     shown = capsys.readouterr().out
     assert "each of 4 x" in shown
     assert "ZeRO stage 2, optimizer on cpu" in shown
-    assert "Host, a rank:" in shown and "pinned" in shown and "all 4 ranks" in shown
+    assert "Host, a rank:" in shown
+    assert "pinned" in shown
+    assert "all 4 ranks" in shown
 
 
 @pytest.mark.parametrize(
-    "flags, said",
+    ("flags", "said"),
     [
         (("--zero", "4"), "deepspeed.stage is 4"),
         (("--zero", "x"), "deepspeed.stage is 'x'"),

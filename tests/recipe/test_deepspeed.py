@@ -33,7 +33,7 @@ def test_stage(stage: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "fields, said",
+    ("fields", "said"),
     [
         ({"stage": 0, "offload_optimizer": "cpu"}, "stage 1"),
         ({"stage": 2, "offload_optimizer": "nvme"}, "stage 3"),

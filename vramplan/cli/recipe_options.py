@@ -99,7 +99,7 @@ def _zero(chosen: dict[str, Any], base: dict[str, Any] | None) -> dict[str, Any]
     }
     for name in offload:
         del chosen[name]
-    if stage is None and base is None or stage is not None and stage.lower() in _NONE:
+    if (stage is None and base is None) or (stage is not None and stage.lower() in _NONE):
         if any(offload.values()):
             from vramplan.errors import IllegalRecipe
 

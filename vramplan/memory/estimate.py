@@ -16,7 +16,7 @@ from vramplan.memory.needs import Needs
 from vramplan.memory.precision import Policy, policy_of
 from vramplan.memory.sharding import Sharded
 from vramplan.memory.timeline import Parts, Timeline, parts, run_timeline
-from vramplan.memory.zero import zero_parts
+from vramplan.memory.zero import ranks_to_look_at, zero_parts
 from vramplan.memory.zero_timeline import zero_breakdown, zero_timeline
 from vramplan.models.architecture import Architecture
 from vramplan.models.hf_config import architecture
@@ -134,11 +134,14 @@ def estimate(
     model: Model,
     recipe: Recipe = Recipe(),  # noqa: B008
     gpu: str | Gpu | Gpus | None = None,
+    *,
+    rank: int | None = None,
 ) -> Estimate:
     """Estimate the GPU memory of fine-tuning `model` by `recipe`.
 
     `model`: a Hub id, a folder, a config.json's path, a dict of a Hugging Face config, or an
-    Architecture. `gpu`: a name or size ("24GB", "rtx-4090"), or None.
+    Architecture. `gpu`: a name or size ("24GB", "rtx-4090"), or None. `rank`: of several, which
+    one's memory; None: the one that needs most.
 
     Raises UserError (ModelNotFound, ConfigError, UnknownName, IllegalRecipe) for what is wrong with
     the input.
@@ -155,9 +158,12 @@ def estimate(
         workspace = allocator.workspaces(capability, run.program.epilogues)
         timeline = run_timeline(run, batch, seq, steps, workspace)
     else:
-        run, part = zero_parts(arch, policy, recipe, recipe.deepspeed)
-        workspace = allocator.workspaces(capability, run.program.epilogues)
-        timeline = zero_timeline(part, batch, seq, steps, workspace)
+        found = []
+        for number in ranks_to_look_at(recipe, recipe.deepspeed) if rank is None else (rank,):
+            run, part = zero_parts(arch, policy, recipe, recipe.deepspeed, number)
+            workspace = allocator.workspaces(capability, run.program.epilogues)
+            found.append((run, part, zero_timeline(part, batch, seq, steps, workspace)))
+        run, part, timeline = max(found, key=lambda each: each[2].peak)
     return Estimate(
         id=name,
         architecture=arch,

@@ -11,6 +11,7 @@ __params_to_release).
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,6 +31,8 @@ class Gathered:
     kept: int
     """An embedding that is tied to the head and stays from one to the other."""
     inputs: int
+    full_from: int
+    """The first layer that with those before it reaches what the head has."""
 
     def at(self, phase: str, layer: int | None) -> int:
         """Bytes in a layer's forward or backward; None: at the head."""
@@ -80,7 +83,8 @@ def gathered(
     for size in sizes:
         total += size
         behind.append(total)
-    return Gathered(at_head, sizes, tuple(behind), kept, nbytes(before))
+    full_from = bisect_left(behind, at_head)
+    return Gathered(at_head, sizes, tuple(behind), kept, nbytes(before), full_from)
 
 
 def _in_backward(

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from vramplan.memory.ranks import Flat, Weight, partition, sub_groups
+from vramplan.memory.ranks import Flat, Weight, owned_of, partition, sub_groups
 from vramplan.recipe.deepspeed import DeepSpeed
 
 FP32 = 4
@@ -43,16 +43,16 @@ def host_of(
     zero: DeepSpeed,
     weights: Sequence[Weight],
     flat: Flat,
-    ranks: int,
+    ranks: tuple[int, int],
     width: int,
     accumulation: int,
 ) -> Host:
-    """The host memory of the first rank. `width`: bytes of the engine's weights."""
+    """The host memory of rank `ranks[0]` of `ranks[1]`. `width`: bytes of the engine's weights."""
     if zero.stage < 3:
         loading = sum(w.nbytes for w in weights if w.role != "adapter" and not w.packed)
-        locked, loose = _stages_1_and_2(zero, weights, flat, width, accumulation)
+        locked, loose = _stages_1_and_2(zero, weights, flat, ranks[0], width, accumulation)
         return _host(zero, locked, loose, 0, loading)
-    groups = sub_groups(weights, ranks, zero.sub_group_size)
+    groups = sub_groups(weights, ranks[1], zero.sub_group_size)
     locked, loose, files = [], 0, 0
     if zero.offload_optimizer is not None:
         locked.append(sum(groups) * width)  # grad_partitions_flat_buffer
@@ -62,7 +62,9 @@ def host_of(
     if zero.offload_optimizer == "nvme":
         files += sum(groups) * FP32 * (2 + ADAM)  # masters, gradients and states
         locked += [max(groups) * FP32] * OPTIMIZER_BUFFERS
-    frozen = [partition(w.numel, ranks) * w.itemsize for w in weights if not (w.trains or w.packed)]
+    frozen = [
+        partition(w.numel, ranks[1]) * w.itemsize for w in weights if not (w.trains or w.packed)
+    ]
     if zero.offload_param == "cpu":
         locked += [sum(groups) * width, *frozen]
     if zero.offload_param == "nvme":
@@ -72,18 +74,19 @@ def host_of(
 
 
 def _stages_1_and_2(
-    zero: DeepSpeed, weights: Sequence[Weight], flat: Flat, width: int, accumulation: int
+    zero: DeepSpeed,
+    weights: Sequence[Weight],
+    flat: Flat,
+    rank: int,
+    width: int,
+    accumulation: int,
 ) -> tuple[list[int], int]:
     if zero.offload_optimizer is None:
         return [], 0
     # masters, weights on their way back, gradients in fp32, the largest gradient
     locked = [flat.part * FP32, flat.part * width, flat.part * FP32, flat.largest * width]
     if accumulation > 1:
-        passed = 0
-        for w in weights:
-            if w.trains and passed < flat.part:
-                locked.append(w.nbytes)
-                passed += w.numel
+        locked += [w.nbytes for w, owned in owned_of(weights, flat.part, rank) if owned]
     return locked, flat.part * FP32 * ADAM
 
 

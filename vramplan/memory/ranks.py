@@ -66,7 +66,7 @@ def _weights(tensor: Tensor, policy: Policy, allocator: str, layer: int) -> Iter
 
 @dataclass(frozen=True, slots=True)
 class Flat:
-    """The flat trained parameters of stages 1 and 2, from the side of the first rank."""
+    """The flat trained parameters of stages 1 and 2, from the side of one rank."""
 
     total: int
     """Elements, aligned to the ranks."""
@@ -74,27 +74,36 @@ class Flat:
     owned: int
     """Elements of the parameters that lie in the partition, if only in part."""
     largest_owned: int
+    """Elements in the partition, of a single parameter."""
     largest: int
-    first_layer: int
-    """The layer behind which no parameter is owned."""
+    until: int
+    """The layer behind which no parameter is owned; -1: none of a layer is."""
 
 
-def flat_of(weights: Sequence[Weight], ranks: int) -> Flat:
-    """The first rank's partition: its parameters' gradients come last in backward."""
-    trained = [w for w in weights if w.trains]
-    count = sum(w.numel for w in trained)
+def flat_of(weights: Sequence[Weight], ranks: int, rank: int = 0) -> Flat:
+    """A rank's partition. The first rank's gradients come last in backward."""
+    count = sum(w.numel for w in weights if w.trains)
     step = ALIGNMENT * ranks
     total = -(-count // step) * step
     part = total // ranks
-    owned = largest = 0
-    last = -1
-    for w in trained:
-        if owned >= part:
-            break
-        owned += w.numel
-        largest = max(largest, w.numel)
-        last = w.layer
-    return Flat(total, part, owned, largest, max(w.numel for w in trained), last)
+    mine = [(w, n) for w, n in owned_of(weights, part, rank) if n]
+    return Flat(
+        total,
+        part,
+        sum(w.numel for w, _ in mine),
+        max((n for _, n in mine), default=0),
+        max(w.numel for w in weights if w.trains),
+        max((w.layer for w, _ in mine), default=-1),
+    )
+
+
+def owned_of(weights: Sequence[Weight], part: int, rank: int) -> Iterator[tuple[Weight, int]]:
+    """Each trained parameter, and how many of its elements are in the rank's partition."""
+    first, behind, passed = rank * part, (rank + 1) * part, 0
+    for w in weights:
+        if w.trains:
+            yield w, max(0, min(passed + w.numel, behind) - max(passed, first))
+            passed += w.numel
 
 
 def partition(numel: int, ranks: int) -> int:

@@ -23,6 +23,7 @@ from vramplan.memory.ranks import (
     Flat,
     Weight,
     flat_of,
+    owned_of,
     partition,
     sub_groups,
     weights_in_order,
@@ -39,7 +40,9 @@ NORM = 8  # get_norm_dtype (runtime/zero/utils.py): gradients' norms are taken i
 
 @dataclass(frozen=True, slots=True)
 class Sharded:
-    """Bytes of the first rank."""
+    """Bytes of one rank."""
+
+    rank: int
 
     weights: int
     """Weights and buffers that stay: whole ones, or stage 3's partitions and persistent ones."""
@@ -62,9 +65,9 @@ class Sharded:
     """Backward fills the partition from this layer on, to the first."""
     left_over: tuple[int, ...]
     """Stage 1: other ranks' oversized gradients, by layer in which they came; -1 is last."""
-    norms: tuple[int, int]
+    norms: tuple[int, int, int]
     """Under offload (stages 1 and 2) the largest owned gradient and its copy in fp64: of those
-    before the layers, and of those in them."""
+    before the layers, in them, and behind them."""
     gathering: Gathered | None
     host: Host
     flat: Flat
@@ -91,10 +94,13 @@ def sharded(
     optimizer: str,
     allocator: str,
     zero: DeepSpeed,
-    ranks: int,
+    ranks: tuple[int, int],
     accumulation: int,
 ) -> Sharded:
-    """What a rank of `ranks` holds; nothing here depends on batch or sequence."""
+    """What a rank holds, `ranks` being its number and how many there are.
+
+    Nothing here depends on batch or sequence.
+    """
     part = _Part(arch, policy, find_optimizer(optimizer), allocator, zero, ranks, accumulation)
     if zero.stage == 3:
         return part.stage_3()
@@ -111,16 +117,17 @@ class _Part:
         optimizer: Optimizer,
         allocator: str,
         zero: DeepSpeed,
-        ranks: int,
+        ranks: tuple[int, int],
         accumulation: int,
     ) -> None:
         self.arch, self.policy, self.optimizer = arch, policy, optimizer
-        self.allocator, self.zero, self.ranks = allocator, zero, ranks
+        self.allocator, self.zero = allocator, zero
+        self.rank, self.ranks = ranks
         self.accumulation = accumulation
         self.width = ITEMSIZE[policy.weight_dtype]
         self.list = weights_in_order(arch, policy, allocator)
         self.trained = [w for w in self.list if w.trains]
-        self.flat = flat_of(self.list, ranks)
+        self.flat = flat_of(self.list, self.ranks, self.rank)
         self.sizes = zero.sizes(arch.hidden_size)
         self.offload = zero.offload_optimizer is not None
 
@@ -167,7 +174,9 @@ class _Part:
         return compile_zero(self.arch, self.policy, hooks)
 
     def host(self) -> Host:
-        return host_of(self.zero, self.list, self.flat, self.ranks, self.width, self.accumulation)
+        return host_of(
+            self.zero, self.list, self.flat, (self.rank, self.ranks), self.width, self.accumulation
+        )
 
     # -- stage 0 --------------------------------------------------------------------------------
     def stage_0(self) -> Sharded:
@@ -190,6 +199,7 @@ class _Part:
                 weights + masters + self.up(count * FP32) + states,  # a first step of zeros
             )
         return Sharded(
+            rank=self.rank,
             weights=weights,
             masters=masters,
             states=states,
@@ -202,7 +212,7 @@ class _Part:
             step=gradients + max(step, transient if self.width == FP32 else 0),
             owned_until=-2,
             left_over=(),
-            norms=(0, 0),
+            norms=(0, 0, 0),
             gathering=None,
             host=self.host(),
             flat=self.flat,
@@ -236,6 +246,7 @@ class _Part:
         )
         stage_1 = self.zero.stage == 1
         return Sharded(
+            rank=self.rank,
             weights=weights,
             masters=masters,
             states=0 if self.offload else self.states_of(flat.part),
@@ -246,9 +257,9 @@ class _Part:
             initialized_peak=peak,
             arriving=arriving,
             step=0 if self.offload else step,
-            owned_until=flat.first_layer,
+            owned_until=flat.until,
             left_over=self.left_over() if stage_1 else (),
-            norms=self.norms() if self.offload else (0, 0),
+            norms=self.norms() if self.offload else (0, 0, 0),
             gathering=None,
             host=self.host(),
             flat=flat,
@@ -259,16 +270,14 @@ class _Part:
             held=arriving if self.accumulation > 1 else 0,
         )
 
-    def norms(self) -> tuple[int, int]:
+    def norms(self) -> tuple[int, int, int]:
         """set_norm_for_param_grad_in_gpu: of what the partition owns."""
-        outer = inner = passed = 0
-        for w in self.trained:
-            if passed >= self.flat.part:
-                break
-            size = self.up(w.nbytes) + self.up(min(w.numel, self.flat.part - passed) * NORM)
-            outer, inner = (max(outer, size), inner) if w.layer < 0 else (outer, max(inner, size))
-            passed += w.numel
-        return outer, inner
+        most = [0, 0, 0]
+        for w, owned in owned_of(self.list, self.flat.part, self.rank):
+            place = 0 if w.layer < 0 else 1 if w.layer < self.arch.layers else 2
+            if owned:
+                most[place] = max(most[place], self.up(w.nbytes) + self.up(owned * NORM))
+        return most[0], most[1], most[2]
 
     def left_over(self) -> tuple[int, ...]:
         """Stage 1 clears other ranks' gradients only in the epilogue; small ones are in a bucket.
@@ -276,11 +285,9 @@ class _Part:
         Entry i: what has come when backward is in layer i - 1 (0: before the layers).
         """
         found = [0] * (self.arch.layers + 2)
-        passed = 0
-        for w in self.trained:
-            if passed >= self.flat.part and w.numel > self.sizes["reduce_bucket"]:
+        for w, owned in owned_of(self.list, self.flat.part, self.rank):
+            if not owned and w.numel > self.sizes["reduce_bucket"]:
                 found[w.layer + 1] += self.up(w.nbytes)
-            passed += w.numel
         for i in reversed(range(len(found) - 1)):
             found[i] += found[i + 1]
         return tuple(found)
@@ -319,6 +326,7 @@ class _Part:
             peak += self.up(largest * FP32)  # converted, then cloned; then a buffer of zeros
         adapters = sum(self.up(w.numel * FP32) for w in parameters if w.role == "adapter")
         return Sharded(
+            rank=self.rank,
             weights=weights + persistent,
             masters=masters,
             states=states,
@@ -331,7 +339,7 @@ class _Part:
             step=step,
             owned_until=-2,
             left_over=(),
-            norms=(0, 0),
+            norms=(0, 0, 0),
             gathering=self.gathering() if ranks > 1 else None,
             host=self.host(),
             flat=self.flat,

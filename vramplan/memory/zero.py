@@ -15,11 +15,12 @@ from vramplan.recipe.recipe import Recipe
 
 
 def zero_parts(
-    arch: Architecture, policy: Policy, recipe: Recipe, zero: DeepSpeed
+    arch: Architecture, policy: Policy, recipe: Recipe, zero: DeepSpeed, rank: int = 0
 ) -> tuple[Parts, Sharded]:
-    """The first rank's parts: the weights that it keeps, its states, the program of its step."""
+    """A rank's parts: the weights that it keeps, its states, the program of its step."""
     steps = recipe.gradient_accumulation_steps
-    part = sharded(arch, policy, recipe.optimizer, recipe.allocator, zero, recipe.world_size, steps)
+    ranks = (rank, recipe.world_size)
+    part = sharded(arch, policy, recipe.optimizer, recipe.allocator, zero, ranks, steps)
     whole = layout(arch, policy, recipe.allocator)
     mine = replace(
         whole,
@@ -31,3 +32,11 @@ def zero_parts(
     )
     stepping = Stepping(states=part.masters + part.states, managed=0, transient=part.step)
     return Parts(mine, stepping, part.program, part.first), part
+
+
+def ranks_to_look_at(recipe: Recipe, zero: DeepSpeed) -> tuple[int, ...]:
+    """Ranks that can need most. In stages 1 and 2 the last one's gradients come first in backward,
+    when most activations live; the first one may own part of a large embedding."""
+    if zero.stage in (1, 2) and recipe.world_size > 1:
+        return 0, recipe.world_size - 1
+    return (0,)

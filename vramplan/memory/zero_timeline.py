@@ -47,7 +47,7 @@ def walk(part: Sharded, program: Program, batch: int, seq: int) -> list[Point]:
         instant = section.highest(powers, sizes)
         high = instant.total(sizes) if instant else 0
         best, last, extra = -1, False, 0
-        for k, inner in enumerate(_repetitions(section)):
+        for k, inner in _repetitions(part, section):
             extra = max(extra_at(part, section.phase, layer) for layer in inner)
             reduced = net + max(_norms(part, section.phase, layer) for layer in inner)
             top = live + k * net + extra + max(high, reduced)
@@ -59,10 +59,12 @@ def walk(part: Sharded, program: Program, batch: int, seq: int) -> list[Point]:
 
 
 def _norms(part: Sharded, phase: str, layer: int | None) -> int:
-    """While a layer's last gradients, which the rank owns, are copied to the host."""
-    if phase != "backward" or layer is None or layer > part.owned_until:
+    """While the last gradients of a layer (None: of the head) that the rank owns go to the host."""
+    if phase != "backward":
         return 0
-    return part.norms[0 if layer < 0 else 1]
+    if layer is None:
+        return part.norms[2]
+    return part.norms[0 if layer < 0 else 1] if layer <= part.owned_until else 0
 
 
 def extra_at(part: Sharded, phase: str, layer: int | None) -> int:
@@ -86,17 +88,27 @@ def layers_of(section: Section) -> tuple[int, int] | None:
     return int(first), int(last or first)
 
 
-def _repetitions(section: Section) -> Iterator[tuple[int | None, ...]]:
-    """The layers of each repetition, in the order in which they run."""
+def _repetitions(part: Sharded, section: Section) -> Iterator[tuple[int, tuple[int | None, ...]]]:
+    """The repetitions that can be the highest, in the order in which they run, with their layers.
+
+    From one to the next the bytes change by the same amount, but where the rank's partition begins
+    and where gathering reaches its limit: so those repetitions, the first and the last suffice.
+    """
     found = layers_of(section)
     if found is None:
-        yield (-1 if section.name == "inputs" else None,)
+        yield 0, (-1 if section.name == "inputs" else None,)
         return
     first, last = found
-    period = last - first + 1
-    order = range(section.repeats)
-    for k in order if section.phase == "forward" else reversed(order):
-        yield tuple(range(first + k * period, last + 1 + k * period))
+    period, final = last - first + 1, section.repeats - 1
+    bends = [part.owned_until]
+    if part.gathering is not None:
+        bends.append(part.gathering.full_from)
+    places = {0, final}
+    for bend in bends:
+        places.update(range((bend - first) // period - 1, (bend - first) // period + 2))
+    for place in sorted(k for k in places if 0 <= k <= final):
+        k = place if section.phase == "forward" else final - place
+        yield k, tuple(range(first + place * period, last + 1 + place * period))
 
 
 def _stays(part: Sharded, section: Section, extra: int) -> int:
@@ -137,7 +149,7 @@ def zero_breakdown(
     index = max(mine, key=lambda i: points[i].peak)
     for category, size in part.program.live_at(points, index, batch, seq).items():
         out[category] += size
-    layer = _repeated_layer(points[index])
+    layer = _repeated_layer(part, points[index])
     if part.gathering is not None:
         out["parameter"] += part.gathering.at(phase, layer)
     if phase == "backward" and layer is not None:
@@ -147,7 +159,7 @@ def zero_breakdown(
     return dict(out)
 
 
-def _repeated_layer(point: Point) -> int | None:
+def _repeated_layer(part: Sharded, point: Point) -> int | None:
     """The layer in which a section's peak falls, if in its first or last repetition."""
-    runs = list(_repetitions(point.section))
-    return runs[-1 if point.last else 0][0]
+    runs = dict(_repetitions(part, point.section))
+    return runs[max(runs) if point.last else 0][0]

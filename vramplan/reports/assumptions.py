@@ -69,8 +69,8 @@ def _ranks(needed: Estimate) -> list[str]:
     said = []
     if recipe.deepspeed is not None:
         said.append(
-            "DeepSpeed 0.19.8 through TrainingArguments(deepspeed=...), its AdamW for torch's; the "
-            "first rank's part, whose gradients come last in backward."
+            "DeepSpeed 0.19.8 through TrainingArguments(deepspeed=...), its AdamW for torch's; "
+            f"shown is rank {needed.sharded.rank if needed.sharded else 0}, which needs most."
         )
     if recipe.world_size > 1:
         said.append("NCCL's own memory, which no figure is known for, comes on top of required.")
