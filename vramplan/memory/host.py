@@ -19,6 +19,7 @@ FP32 = 4
 ADAM = 2  # DeepSpeedCPUAdam's exp_avg and exp_avg_sq: fp32, pageable (torch.zeros_like)
 OPTIMIZER_BUFFERS = 4  # offload_optimizer.buffer_count
 PARAM_BUFFERS = 5  # offload_param.buffer_count
+MAX_IN_CPU = 1_000_000_000  # offload_param.max_in_cpu: elements that stay on the host
 PARAM_BUFFER = 100_000_000  # offload_param.buffer_size: elements
 
 
@@ -49,7 +50,9 @@ def host_of(
 ) -> Host:
     """The host memory of rank `ranks[0]` of `ranks[1]`. `width`: bytes of the engine's weights."""
     if zero.stage < 3:
+        quantized = any(w.packed and w.role != "buffer" for w in weights)  # loaded on the GPU
         loading = sum(w.nbytes for w in weights if w.role != "adapter" and not w.packed)
+        loading = 0 if quantized else loading
         locked, loose = _stages_1_and_2(zero, weights, flat, ranks[0], width, accumulation)
         return _host(zero, locked, loose, 0, loading)
     groups = sub_groups(weights, ranks[1], zero.sub_group_size)
@@ -68,8 +71,12 @@ def host_of(
     if zero.offload_param == "cpu":
         locked += [sum(groups) * width, *frozen]
     if zero.offload_param == "nvme":
-        files += sum(groups) * width + sum(frozen)
-        locked.append(PARAM_BUFFERS * PARAM_BUFFER * width)
+        near = min(sum(groups), MAX_IN_CPU)
+        locked += [near * width, PARAM_BUFFERS * PARAM_BUFFER * width]
+        for n in groups:  # a group that has no room in the flat buffer is on NVMe whole
+            files += 0 if n <= near else n * width
+            near -= n if n <= near else 0
+        files += sum(frozen)
     return _host(zero, locked, loose, files, 0)
 
 

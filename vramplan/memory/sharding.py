@@ -28,7 +28,7 @@ from vramplan.memory.ranks import (
     sub_groups,
     weights_in_order,
 )
-from vramplan.memory.states import Trained
+from vramplan.memory.states import Trained, layout
 from vramplan.memory.values import ITEMSIZE
 from vramplan.memory.zero_tape import Hooks, compile_zero
 from vramplan.models.architecture import Architecture
@@ -36,6 +36,7 @@ from vramplan.recipe.deepspeed import DeepSpeed
 from vramplan.recipe.optimizers import Optimizer, find_optimizer
 
 NORM = 8  # get_norm_dtype (runtime/zero/utils.py): gradients' norms are taken in fp64
+NORM_PIECE = 250_000_000  # stage3.py, _constant_buffered_norm2: elements at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +163,13 @@ class _Part:
             return 0
         return FOREACH_TEMPORARIES[self.optimizer.algorithm] * self.up(numel * FP32)
 
+    def loading(self) -> tuple[int, int, int]:
+        """Stages 0 to 2 load on the host; quantized weights on the GPU, where peft prepares them."""
+        if self.policy.quantization is None:
+            return 0, 0, 0
+        whole = layout(self.arch, replace(self.policy, engine=None), self.allocator)
+        return whole.loaded, whole.load_peak, whole.prepare_peak
+
     def hooked(self) -> Program:
         hooks = Hooks(
             stage=self.zero.stage,
@@ -170,6 +178,9 @@ class _Part:
             contiguous=self.zero.contiguous_gradients or self.offload,
             offload=self.offload,
             several=self.ranks > 1,
+            scattered=self.zero.reduce_scatter
+            and self.zero.stage < 3
+            and self.sizes["reduce_bucket"] > self.flat.part,
         )
         return compile_zero(self.arch, self.policy, hooks)
 
@@ -198,6 +209,7 @@ class _Part:
                 moved + gradients + self.up(count * self.width),  # clones, flattened
                 weights + masters + self.up(count * FP32) + states,  # a first step of zeros
             )
+        loaded, load_peak, prepared = self.loading()
         return Sharded(
             rank=self.rank,
             weights=weights,
@@ -205,9 +217,9 @@ class _Part:
             states=states,
             buffers=0,
             gradients=0,
-            loaded=0,
-            load_peak=0,
-            initialized_peak=peak,
+            loaded=loaded,
+            load_peak=load_peak,
+            initialized_peak=max(peak, prepared),
             arriving=0,
             step=gradients + max(step, transient if self.width == FP32 else 0),
             owned_until=-2,
@@ -245,6 +257,7 @@ class _Part:
             weights + 2 * masters,
         )
         stage_1 = self.zero.stage == 1
+        loaded, load_peak, prepared = self.loading()
         return Sharded(
             rank=self.rank,
             weights=weights,
@@ -252,9 +265,9 @@ class _Part:
             states=0 if self.offload else self.states_of(flat.part),
             buffers=self.up(flat.largest * width) if self.offload else 0,
             gradients=0,
-            loaded=0,
-            load_peak=0,
-            initialized_peak=peak,
+            loaded=loaded,
+            load_peak=load_peak,
+            initialized_peak=max(peak, prepared),
             arriving=arriving,
             step=0 if self.offload else step,
             owned_until=flat.until,
@@ -315,7 +328,10 @@ class _Part:
         gradients = self.up(owned * width)
         one = self.up(largest * width)
         step = one + (self.up(largest * FP32) if width != FP32 else 0)
-        step = max(step, self.up(largest * FP32) + self.stepping(largest))
+        most = max(partition(w.numel, ranks) for w in self.trained)
+        step = max(step, self.up(largest * FP32) + self.stepping(largest), self.up(most * NORM))
+        if self.policy.weight_dtype == "fp16":  # has_overflow: isinf makes |x| and a mask
+            step = max(step, self.up(owned * width) + self.up(owned))
         if self.offload:
             masters = states = gradients = step = 0
         bucket = self.up(self.sizes["reduce_bucket"] * width) if zero.contiguous_gradients else 0
@@ -337,9 +353,9 @@ class _Part:
             initialized_peak=max(loaded + adapters, peak),
             arriving=0,
             step=step,
-            owned_until=-2,
+            owned_until=self.arch.layers if self.offload else -2,
             left_over=(),
-            norms=(0, 0, 0),
+            norms=self.norms_3() if self.offload else (0, 0, 0),
             gathering=self.gathering() if ranks > 1 else None,
             host=self.host(),
             flat=self.flat,
@@ -347,6 +363,17 @@ class _Part:
             first=None,
             held=0,
         )
+
+    def norms_3(self) -> tuple[int, int, int]:
+        """partition_grads: a gradient, its partition brought back, and that in fp64, in pieces."""
+        most = [0, 0, 0]
+        for w in self.trained:
+            place = 0 if w.layer < 0 else 1 if w.layer < self.arch.layers else 2
+            part = partition(w.numel, self.ranks)
+            piece = self.up(min(part, NORM_PIECE) * NORM)
+            size = self.up(w.nbytes) + self.up(part * self.width) + max(piece, self.up(part * FP32))
+            most[place] = max(most[place], size)
+        return most[0], most[1], most[2]
 
     def loading_3(self, parameters: list[Weight], buffers: int) -> tuple[int, int]:
         """zero.Init partitions each weight as it is made; a tied head is made before it is tied."""

@@ -33,6 +33,8 @@ class Hooks:
     """The gradients' partition is on the host."""
     several: bool
     """More than one rank."""
+    scattered: bool = False
+    """Stages 1 and 2: a bucket is longer than a partition, so it always has several owners."""
 
 
 class ZeroRecorder(Recorder):
@@ -87,10 +89,16 @@ class ZeroRecorder(Recorder):
         self.buckets = [self.new(Size(self.hooks.bucket), dtype, "buffer") for _ in range(count)]
 
     def _reduce(self) -> None:
-        """Stage 3 interleaves the partitions of several gradients in a new tensor."""
-        dtype = self.policy.weight_dtype
-        if self.hooks.stage == 3 and self.hooks.several and self.waiting > 1:
-            together = self.new(Size(self.elements), dtype, "buffer")
+        """Several gradients, or a bucket's slices of several owners, are put into a new tensor.
+
+        reduce_scatter_coalesced; allreduce_and_scatter and buffered_reduce_fallback (flatten).
+        """
+        hooks = self.hooks
+        flattened = hooks.several or not hooks.contiguous
+        if hooks.stage < 3 and hooks.contiguous:
+            flattened = hooks.scattered
+        if flattened and self.waiting > 1:
+            together = self.new(Size(self.elements), self.policy.weight_dtype, "buffer")
             del together
         self.pending.clear()
         self.elements = self.waiting = 0
