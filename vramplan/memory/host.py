@@ -3,8 +3,8 @@
 Sources: DeepSpeed 0.19.8, runtime/zero/stage_1_and_2.py (__init__, initialize_optimizer_states,
 async_accumulate_grad_in_cpu_via_gpu), runtime/zero/stage3.py (_create_fp32_partitions,
 initialize_optimizer_states, _create_param_groups_fp16_flat_cpu_memory), ops/adam/cpu_adam.py,
-runtime/zero/offload_config.py (buffer_count, buffer_size); torch 2.11,
-aten/src/ATen/core/CachingHostAllocator.h.
+runtime/zero/offload_config.py (buffer_count, buffer_size, max_in_cpu); torch 2.11-2.13,
+aten/src/ATen/core/CachingHostAllocator.h (by default; pinned_max_round_threshold_mb).
 """
 
 from __future__ import annotations
