@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vramplan.hardware.catalogue import Gpu, Gpus, parse_gpu, warnings_for
 from vramplan.memory import allocator
@@ -14,14 +14,14 @@ from vramplan.memory.facts import facts
 from vramplan.memory.legality import check_model
 from vramplan.memory.needs import Needs
 from vramplan.memory.precision import Policy, policy_of
-from vramplan.memory.sharding import Sharded
 from vramplan.memory.timeline import Parts, Timeline, parts, run_timeline
-from vramplan.memory.zero import ranks_to_look_at, zero_parts
-from vramplan.memory.zero_timeline import zero_breakdown, zero_timeline
 from vramplan.models.architecture import Architecture
 from vramplan.models.hf_config import architecture
 from vramplan.recipe.recipe import Recipe
 from vramplan.recipe.rules import cautions
+
+if TYPE_CHECKING:
+    from vramplan.memory.sharding import Sharded
 
 CATEGORIES = (
     "parameter",
@@ -126,7 +126,7 @@ class Estimate(Needs):
             "warnings": list(self.warnings),
         }
         if self.sharded is not None:
-            document["host"] = asdict(self.sharded.host)
+            document["host"] = self.sharded.host._asdict()
         return document
 
 
@@ -158,12 +158,9 @@ def estimate(
         workspace = allocator.workspaces(capability, run.program.epilogues)
         timeline = run_timeline(run, batch, seq, steps, workspace)
     else:
-        found = []
-        for number in ranks_to_look_at(recipe, recipe.deepspeed) if rank is None else (rank,):
-            run, part = zero_parts(arch, policy, recipe, recipe.deepspeed, number)
-            workspace = allocator.workspaces(capability, run.program.epilogues)
-            found.append((run, part, zero_timeline(part, batch, seq, steps, workspace)))
-        run, part, timeline = max(found, key=lambda each: each[2].peak)
+        from vramplan.memory.zero import zero_estimate
+
+        run, part, timeline, workspace = zero_estimate(arch, policy, recipe, capability, rank)
     return Estimate(
         id=name,
         architecture=arch,
@@ -209,6 +206,8 @@ def _breakdown(e: Estimate) -> dict[str, int]:
     out = dict.fromkeys(CATEGORIES, 0)
     phase = e.peak_phase
     if e.sharded is not None:
+        from vramplan.memory.zero_timeline import zero_breakdown
+
         batch, seq = recipe.batch_size, recipe.seq_len
         out.update(zero_breakdown(e.sharded, timeline, e.workspace, batch, seq))
         left = "activation" if phase in ("forward", "backward") else "temporary"

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vramplan.memory.allocator import rounded
 from vramplan.memory.ranks import Weight
 
 
-@dataclass(frozen=True, slots=True)
-class Gathered:
+class Gathered(NamedTuple):
     """Bytes of weights that are whole, by section of the step."""
 
     at_head: int

@@ -10,7 +10,7 @@ aten/src/ATen/core/CachingHostAllocator.h (by default; pinned_max_round_threshol
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from vramplan.memory.ranks import Flat, Weight, owned_of, partition, sub_groups
 from vramplan.recipe.deepspeed import DeepSpeed
@@ -23,8 +23,7 @@ MAX_IN_CPU = 1_000_000_000  # offload_param.max_in_cpu: elements that stay on th
 PARAM_BUFFER = 100_000_000  # offload_param.buffer_size: elements
 
 
-@dataclass(frozen=True, slots=True)
-class Host:
+class Host(NamedTuple):
     """Bytes of one rank; a node needs as much for each of its ranks."""
 
     pinned: int = 0

@@ -9,11 +9,11 @@ runtime/zero/partition_parameters.py (_partition_numel), runtime/zero/parameter_
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from vramplan.memory.precision import Policy
-from vramplan.memory.states import _adapters, _is_quantized, _loaded
+from vramplan.memory.states import adapters_of, is_quantized, loaded_bytes
 from vramplan.memory.values import ITEMSIZE
 from vramplan.models.architecture import Architecture
 from vramplan.models.tensors import Tensor, inventory
@@ -21,8 +21,7 @@ from vramplan.models.tensors import Tensor, inventory
 ALIGNMENT = 2  # nccl_start_alignment_factor: 4 bytes of 16-bit elements
 
 
-@dataclass(frozen=True, slots=True)
-class Weight:
+class Weight(NamedTuple):
     """One parameter. `layer`: -1 before the layers, their number behind them."""
 
     numel: int
@@ -57,15 +56,14 @@ def _weights(tensor: Tensor, policy: Policy, allocator: str, layer: int) -> Iter
     width = ITEMSIZE[tensor.dtype or policy.weight_dtype]
     trains = policy.trains_base and tensor.role != "buffer"
     packed = 0
-    if tensor.role == "buffer" or _is_quantized(tensor, policy):
-        packed = _loaded(tensor, policy, allocator)
+    if tensor.role == "buffer" or is_quantized(tensor, policy):
+        packed = loaded_bytes(tensor, policy, allocator)
     yield Weight(tensor.numel, width, layer, trains, tensor.role, packed)
-    for adapter in _adapters((tensor,), policy):
+    for adapter in adapters_of((tensor,), policy):
         yield Weight(adapter.numel, adapter.itemsize, layer, True, "adapter")
 
 
-@dataclass(frozen=True, slots=True)
-class Flat:
+class Flat(NamedTuple):
     """The flat trained parameters of stages 1 and 2, from the side of one rank."""
 
     total: int

@@ -10,13 +10,14 @@ or DeepSpeedCPUAdam with offload.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
+from typing import NamedTuple
 
 from vramplan.memory.allocator import rounded
 from vramplan.memory.gathering import Gathered, gathered
 from vramplan.memory.host import Host, host_of
-from vramplan.memory.optimizers import FOREACH_TEMPORARIES, FP32, _states, optimizer_tables
+from vramplan.memory.optimizers import FOREACH_TEMPORARIES, FP32, optimizer_tables, state_tensors
 from vramplan.memory.precision import Policy
 from vramplan.memory.program import Program, compile_step
 from vramplan.memory.ranks import (
@@ -39,8 +40,7 @@ NORM = 8  # get_norm_dtype (runtime/zero/utils.py): gradients' norms are taken i
 NORM_PIECE = 250_000_000  # stage3.py, _constant_buffered_norm2: elements at a time
 
 
-@dataclass(frozen=True, slots=True)
-class Sharded:
+class Sharded(NamedTuple):
     """Bytes of one rank."""
 
     rank: int
@@ -144,7 +144,7 @@ class _Part:
     def states_of(self, numel: int) -> int:
         """The optimizer's states of a flat fp32 tensor."""
         flat = Trained("flat", numel, FP32, 1, False, (numel,))
-        sizes = [n for n, paged in _states(self.optimizer, flat) if not paged]
+        sizes = [n for n, paged in state_tensors(self.optimizer, flat) if not paged]
         states = sum(self.up(n) for n in sizes if n > FP32 or not self.fused)
         if self.optimizer.package == "bitsandbytes" and self.optimizer.bits == 8:
             states += optimizer_tables(self.optimizer)
@@ -164,7 +164,7 @@ class _Part:
         return FOREACH_TEMPORARIES[self.optimizer.algorithm] * self.up(numel * FP32)
 
     def loading(self) -> tuple[int, int, int]:
-        """Stages 0 to 2 load on the host; quantized weights on the GPU, where peft prepares them."""
+        """Stages 0 to 2 load on the host; quantized weights on the GPU: peft prepares them there."""
         if self.policy.quantization is None:
             return 0, 0, 0
         whole = layout(self.arch, replace(self.policy, engine=None), self.allocator)

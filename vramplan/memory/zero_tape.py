@@ -9,9 +9,8 @@ reduce_independent_p_g_buckets_and_remove_grads, reduce_ipg_grads), runtime/zero
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from vramplan.memory.precision import Policy
 from vramplan.memory.program import Program, reduce_recording
@@ -20,8 +19,7 @@ from vramplan.memory.values import Parameter, Size, Value
 from vramplan.models.architecture import Architecture
 
 
-@dataclass(frozen=True, slots=True)
-class Hooks:
+class Hooks(NamedTuple):
     """What of ZeRO's settings shapes the tape."""
 
     stage: int
