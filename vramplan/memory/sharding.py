@@ -164,7 +164,7 @@ class _Part:
         return FOREACH_TEMPORARIES[self.optimizer.algorithm] * self.up(numel * FP32)
 
     def loading(self) -> tuple[int, int, int]:
-        """Stages 0 to 2 load on the host; quantized weights on the GPU: peft prepares them there."""
+        """Stages 0 to 2 load on the host; quantized weights on the GPU: peft prepares them so."""
         if self.policy.quantization is None:
             return 0, 0, 0
         whole = layout(self.arch, replace(self.policy, engine=None), self.allocator)
