@@ -80,7 +80,7 @@ def extra_at(part: Sharded, phase: str, layer: int | None) -> int:
 
 
 def layers_of(section: Section) -> tuple[int, int] | None:
-    """First and last layer of a section's first repetition; None: outside the layers."""
+    """First and last layer of a section's repetitions; None: outside the layers."""
     kind, _, numbers = section.name.partition(" ")
     if kind not in ("layer", "layers"):
         return None
@@ -99,7 +99,7 @@ def _repetitions(part: Sharded, section: Section) -> Iterator[tuple[int, tuple[i
         yield 0, (-1 if section.name == "inputs" else None,)
         return
     first, last = found
-    period, final = last - first + 1, section.repeats - 1
+    period, final = (last - first + 1) // section.repeats, section.repeats - 1
     bends = [part.owned_until]
     if part.gathering is not None:
         bends.append(part.gathering.full_from)
@@ -108,7 +108,7 @@ def _repetitions(part: Sharded, section: Section) -> Iterator[tuple[int, tuple[i
         places.update(range((bend - first) // period - 1, (bend - first) // period + 2))
     for place in sorted(k for k in places if 0 <= k <= final):
         k = place if section.phase == "forward" else final - place
-        yield k, tuple(range(first + place * period, last + 1 + place * period))
+        yield k, tuple(range(first + place * period, first + (place + 1) * period))
 
 
 def _stays(part: Sharded, section: Section, extra: int) -> int:
