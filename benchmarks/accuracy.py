@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from measured import FOLDER, Run, recipe_of, runs
+from measured import FOLDER, Run, phases_of, recipe_of, runs
 
 from vramplan.memory.estimate import Estimate, estimate
 from vramplan.memory.inference import estimate_inference
@@ -21,6 +21,7 @@ FILES = tuple(
     (name, title)
     for name, title in (
         ("single_gpu", "One NVIDIA H200, default allocator"),
+        ("deepspeed_rank0", "DeepSpeed 0.19.8: the first of 1 to 8 ranks on one NVIDIA H200"),
         ("families_gpu", "One NVIDIA H100: more families and regimes, expandable segments"),
     )
     if (FOLDER / f"{name}.json").exists()
@@ -46,7 +47,7 @@ def table(pairs: Iterable[tuple[Run, Estimate]]) -> Iterator[str]:
     yield "| run | measured GiB | estimate GiB | peak | end of forward | backward | step |"
     yield "|---|---:|---:|---:|---:|---:|---:|"
     for run, e in pairs:
-        phases = e.timeline.phases()
+        phases = phases_of(run, e)
         ends = [
             f"{percent(phases[name].end, run.ends[name], run.peak_allocated):+.2f} %"
             for name in ("forward", "backward", "optimizer_step")

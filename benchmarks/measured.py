@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from vramplan.memory.estimate import Estimate, estimate
+from vramplan.memory.timeline import Phase
+from vramplan.recipe.deepspeed import DeepSpeed
 from vramplan.recipe.recipe import LoRA, Recipe
 
 FOLDER = Path(__file__).resolve().parent.parent / "tests" / "measured"
@@ -33,7 +35,8 @@ class Run:
     case: dict[str, Any]
 
     def estimate(self) -> Estimate:
-        return estimate(self.config, self.recipe)
+        """Of the first rank, as measured."""
+        return estimate(self.config, self.recipe, rank=0)
 
 
 def runs(name: str) -> Iterator[Run]:
@@ -82,7 +85,23 @@ def recipe_of(case: dict[str, Any]) -> Recipe:
         seq_len=case["seq"],
         gradient_accumulation_steps=case.get("ga", 1),
         allocator="expandable_segments" if case.get("conf") else "default",
+        deepspeed=_deepspeed(case.get("deepspeed")),
+        world_size=case.get("pretend", 1) if case.get("deepspeed") else 1,
     )
+
+
+def _deepspeed(config: dict[str, Any] | None) -> DeepSpeed | None:
+    """The ZeRO settings of a ds_config, as far as they are DeepSpeed's fields."""
+    if config is None:
+        return None
+    names = {f.name for f in fields(DeepSpeed)}
+    values = {k: v for k, v in config["zero_optimization"].items() if k in names}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            values[name] = value["device"]
+        elif isinstance(value, float):
+            values[name] = int(value)
+    return DeepSpeed.from_dict(values)
 
 
 def _phases(timeline: list[dict[str, Any]]) -> tuple[dict[str, int], dict[str, int]]:
@@ -96,3 +115,18 @@ def _phases(timeline: list[dict[str, Any]]) -> tuple[dict[str, int], dict[str, i
             ends[phase] = mark["end"]
             peaks[phase] = mark["peak"]
     return ends, peaks
+
+
+def phases_of(run: Run, e: Estimate) -> dict[str, Phase]:
+    """The estimate's phases as the run's were measured.
+
+    Under DeepSpeed accelerate's backward steps as well (utils/deepspeed.py,
+    DeepSpeedEngineWrapper.backward), so that the harness sees both as backward.
+    """
+    phases = e.timeline.phases()
+    if e.recipe.deepspeed is not None:
+        step = phases["optimizer_step"]
+        peak = max(phases["backward"].peak, step.peak)
+        phases["backward"] = Phase(step.end, peak)
+        phases["optimizer_step"] = Phase(step.end, step.end)
+    return phases

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     )
     from vramplan.memory.estimate import Estimate, estimate
     from vramplan.models.architecture import Architecture
+    from vramplan.recipe.deepspeed import DeepSpeed
     from vramplan.recipe.recipe import LoRA, Recipe
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Architecture": "vramplan.models.architecture",
     "ConfigError": "vramplan.errors",
+    "DeepSpeed": "vramplan.recipe.deepspeed",
     "Estimate": "vramplan.memory.estimate",
     "GatedModel": "vramplan.errors",
     "IllegalRecipe": "vramplan.errors",
@@ -54,6 +56,7 @@ _HOMES = {
 __all__ = [
     "Architecture",
     "ConfigError",
+    "DeepSpeed",
     "Estimate",
     "GatedModel",
     "IllegalRecipe",

@@ -14,6 +14,7 @@ from vramplan.cli.main import main
 from vramplan.hardware.catalogue import parse_gpu
 from vramplan.memory.estimate import estimate
 from vramplan.models import catalogue
+from vramplan.recipe.deepspeed import DeepSpeed
 from vramplan.recipe.files import write_recipe
 from vramplan.recipe.recipe import LoRA, Recipe
 
@@ -157,6 +158,13 @@ def test_json_holds_what_was_asked_for_besides(capsys: Captured) -> None:
         (("--seq_len", "512"), Recipe(seq_len=512)),
         (("--gradient-accumulation-steps", "16"), Recipe(gradient_accumulation_steps=16)),
         (("--allocator", "default"), Recipe(allocator="default")),
+        (("--zero", "1"), Recipe(deepspeed=DeepSpeed(stage=1))),
+        (("--zero", "2", "--world-size", "1k"), Recipe(deepspeed=DeepSpeed(), world_size=1024)),
+        (
+            ("--zero", "3", "--offload-optimizer", "cpu", "--offload-param", "nvme"),
+            Recipe(deepspeed=DeepSpeed(stage=3, offload_optimizer="cpu", offload_param="nvme")),
+        ),
+        (("--zero", "no"), Recipe()),
     ],
 )
 def test_an_option_a_field(flags: tuple[str, ...], recipe: Recipe, capsys: Captured) -> None:
@@ -171,9 +179,9 @@ def test_every_field_has_an_option(capsys: Captured) -> None:
     assert main(["estimate", "--help"]) == 0
     shown = capsys.readouterr().out
     assert all(len(line) <= 80 for line in shown.splitlines())
-    later = {"deepspeed", "world_size"}  # of several GPUs
     for field in fields(Recipe):
-        assert (f"--{field.name.replace('_', '-')}" in shown) == (field.name not in later)
+        name = "zero" if field.name == "deepspeed" else field.name
+        assert f"--{name.replace('_', '-')}" in shown
     for field in fields(LoRA):
         assert f"--lora-{field.name.replace('target_modules', 'targets')}" in shown
 
@@ -364,3 +372,51 @@ def test_it_imports_nothing_slow() -> None:
         "assert not slow & set(sys.modules), slow & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+
+
+def test_zero_over_the_cards_that_are_named(capsys: Captured) -> None:
+    several = as_json(capsys, SMALL, "--zero", "3", "--gpu", "8xH100-80GB")
+    assert several["recipe"]["world_size"] == 8
+    alone = as_json(capsys, SMALL, "--zero", "3", "--gpu", "8xH100-80GB", "--world-size", "2")
+    assert alone["recipe"]["world_size"] == 2
+    without = as_json(capsys, SMALL, "--gpu", "8xH100-80GB")
+    assert without["recipe"]["world_size"] == 1
+    assert "host" not in without
+    assert set(several["host"]) == {"pinned", "pageable", "nvme", "loading"}
+
+
+def test_host_memory_is_shown(capsys: Captured) -> None:
+    flags = ("--zero", "2", "--offload-optimizer", "cpu", "--gpu", "4xH100-80GB")
+    main(["estimate", SMALL, "--offline", *flags])
+    shown = capsys.readouterr().out
+    assert "each of 4 x" in shown
+    assert "ZeRO stage 2, optimizer on cpu" in shown
+    assert "Host, a rank:" in shown
+    assert "pinned" in shown
+    assert "all 4 ranks" in shown
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--zero", "4"), "deepspeed.stage is 4"),
+        (("--zero", "x"), "deepspeed.stage is 'x'"),
+        (("--offload-optimizer", "cpu"), "--offload-optimizer without ZeRO"),
+        (("--zero", "2", "--offload-param", "cpu"), "offload_param with stage 2"),
+        (("--zero", "2", "--offload-optimizer", "disk"), "offload_optimizer 'disk'"),
+        (("--world-size", "2"), "world_size is 2 without deepspeed"),
+        (("--zero", "2", "--via", "trace"), "without DeepSpeed"),
+    ],
+)
+def test_zero_options_that_mean_nothing(
+    flags: tuple[str, ...], said: str, capsys: Captured
+) -> None:
+    assert main(["estimate", SMALL, *flags]) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("stage", ["0", "1", "2", "3"])
+def test_zero_is_explained(stage: str, capsys: Captured) -> None:
+    document = as_json(capsys, SMALL, "--zero", stage, "--world-size", "4", "--explain")
+    terms = document["explanation"]["terms"]
+    assert sum(term["bytes"] for term in terms) == document["peak_allocated"]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from vramplan.errors import IllegalRecipe, InvalidValue, UnknownName, UserError
-from vramplan.recipe import LoRA, Recipe
+from vramplan.recipe import DeepSpeed, LoRA, Recipe
 
 
 def test_defaults() -> None:
@@ -201,10 +201,9 @@ def test_from_dict_wants_a_table() -> None:
         Recipe.from_dict([("batch_size", 1)])  # type: ignore[arg-type]
 
 
-def test_several_gpus_are_not_available_yet() -> None:
-    with pytest.raises(IllegalRecipe, match="^world_size is 2: .* not available yet"):
+def test_several_gpus_need_deepspeed() -> None:
+    with pytest.raises(IllegalRecipe, match="^world_size is 2 without deepspeed: .*DDP"):
         Recipe(world_size=2)
-    with pytest.raises(IllegalRecipe, match=r"^deepspeed is \{'stage': 2\}: .* not available yet"):
-        Recipe(deepspeed={"stage": 2})  # type: ignore[arg-type]
+    assert Recipe(world_size=2, deepspeed={"stage": 2}).deepspeed == DeepSpeed(stage=2)  # type: ignore[arg-type]
     with pytest.raises(InvalidValue, match="^world_size is 0: it must be an integer of at least 1"):
         Recipe(world_size=0)

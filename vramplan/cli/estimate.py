@@ -72,6 +72,9 @@ def command(
         _check_via(via, mode, {"advice": advice, "explain": explain}, trust_remote_code)
         recipe = recipe_of(recipe_file, given)
         gpus, no_gpu = _gpus(card)
+        if card is not None and given["world_size"] is None:
+            recipe = _over(recipe, gpus)
+        _check_way_of(recipe, via)
         if mode == "inference":
             serving = _estimate_inference(model, recipe, prompt, gpus, offline)
             click.echo(_dumped(serving.to_dict()) if as_json else _inference_text(serving, no_gpu))
@@ -150,6 +153,23 @@ def _check_via(via: str, mode: str, others: dict[str, bool], trusted: bool) -> N
                 f"--{option} needs the rules, which a trace does without: leave out --{option} "
                 "or --via trace"
             )
+
+
+def _over(recipe: Recipe, gpus: Gpus | None) -> Recipe:
+    """ZeRO over all the cards that were named; a recipe's own number stays."""
+    if recipe.deepspeed is None or recipe.world_size != 1 or gpus is None:
+        return recipe
+    from dataclasses import replace
+
+    return replace(recipe, world_size=gpus.count)
+
+
+def _check_way_of(recipe: Recipe, via: str) -> None:
+    """Raises UserError for a trace of DeepSpeed's engine."""
+    from vramplan.errors import UserError
+
+    if via == "trace" and recipe.deepspeed is not None:
+        raise UserError("--via trace runs the model alone, without DeepSpeed: leave out --zero")
 
 
 def _offered(error: UserError) -> UserError:

@@ -44,12 +44,20 @@ _FIELDS = (
     click.option("--batch-size", metavar="N", help="per_device_train_batch_size. [1]"),
     click.option("--seq-len", metavar="N", help="Tokens a sequence, such as 4096 or 4k. [2048]"),
     click.option("--gradient-accumulation-steps", metavar="N", help="Micro-batches to a step. [1]"),
+    click.option("--zero", metavar="STAGE", help="DeepSpeed's ZeRO stage, 0 to 3, or no. [no]"),
+    click.option(
+        "--offload-optimizer", metavar="NAME", help="Of --zero: cpu, nvme or none. [none]"
+    ),
+    click.option("--offload-param", metavar="NAME", help="Of --zero 3: cpu, nvme or none. [none]"),
+    click.option(
+        "--world-size", metavar="N", help="GPUs that train together. [those of --gpu, with --zero]"
+    ),
     click.option(
         "--allocator", metavar="NAME", help="expandable_segments or default. [expandable_segments]"
     ),
 )
 _NONE = ("none", "no")
-_COUNTS = ("batch_size", "seq_len", "gradient_accumulation_steps", "lora_rank")
+_COUNTS = ("batch_size", "seq_len", "gradient_accumulation_steps", "lora_rank", "world_size")
 
 
 def recipe_options(function: Any) -> Any:
@@ -77,7 +85,31 @@ def recipe_of(file: str | None, given: dict[str, Any]) -> Recipe:
 
         values = read_recipe(file).to_dict()
     adapters = _adapters(chosen, values.get("lora"))
-    return Recipe.from_dict({**values, **chosen, "lora": adapters})
+    zero = _zero(chosen, values.get("deepspeed"))
+    return Recipe.from_dict({**values, **chosen, "lora": adapters, "deepspeed": zero})
+
+
+def _zero(chosen: dict[str, Any], base: dict[str, Any] | None) -> dict[str, Any] | None:
+    """DeepSpeed's fields, taken out of `chosen`; None without DeepSpeed."""
+    stage = chosen.pop("zero", None)
+    offload = {
+        name: None if chosen[name].lower() in _NONE else chosen[name]
+        for name in ("offload_optimizer", "offload_param")
+        if chosen.get(name) is not None
+    }
+    for name in offload:
+        del chosen[name]
+    if (stage is None and base is None) or (stage is not None and stage.lower() in _NONE):
+        if any(offload.values()):
+            from vramplan.errors import IllegalRecipe
+
+            option = next(name for name in offload if offload[name]).replace("_", "-")
+            raise IllegalRecipe(f"--{option} without ZeRO: add --zero 2 or --zero 3")
+        return None
+    fields = {**(base or {}), **offload}
+    if stage is not None:
+        fields["stage"] = int(stage) if stage.isdigit() else stage
+    return fields
 
 
 def _adapters(chosen: dict[str, Any], base: dict[str, Any] | None) -> dict[str, Any] | None:

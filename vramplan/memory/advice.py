@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from vramplan.errors import UserError
 from vramplan.memory.estimate import Estimate, estimate
 from vramplan.models.tensors import inventory
+from vramplan.recipe.deepspeed import DeepSpeed
 from vramplan.recipe.optimizers import OPTIMIZERS
 from vramplan.recipe.recipe import ALL_LINEAR, LoRA, Recipe
 
@@ -80,6 +81,8 @@ def recipe_flags(recipe: Recipe, base: Recipe = Recipe()) -> tuple[str, ...]:  #
         old, new = getattr(base, field.name), getattr(recipe, field.name)
         if field.name == "lora":
             flags += _lora_flags(new, old)
+        elif field.name == "deepspeed":
+            flags += _zero_flags(new, old)
         elif old != new:
             flags += _flag(field.name, new)
     return tuple(flags)
@@ -101,6 +104,19 @@ def _lora_flags(new: LoRA | None, old: LoRA | None) -> Iterator[str]:
             yield from ("--lora-targets", value if value == ALL_LINEAR else ",".join(value))
         elif value is not None:  # alpha, back to its default: costs nothing, needs no flag
             yield from _flag(f"lora_{name}", value)
+
+
+def _zero_flags(new: DeepSpeed | None, old: DeepSpeed | None) -> Iterator[str]:
+    """Of ZeRO's settings those that have an option; others are in a recipe file."""
+    if new is None:
+        if old is not None:
+            yield from ("--zero", "no")
+        return
+    if old is None or new.stage != old.stage:
+        yield from ("--zero", str(new.stage))
+    for name in ("offload_optimizer", "offload_param"):
+        if getattr(new, name) != getattr(old, name, None):
+            yield from _flag(name, getattr(new, name))
 
 
 def _flag(name: str, value: object) -> tuple[str, ...]:

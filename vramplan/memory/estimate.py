@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vramplan.hardware.catalogue import Gpu, Gpus, parse_gpu, warnings_for
 from vramplan.memory import allocator
@@ -19,6 +19,9 @@ from vramplan.models.architecture import Architecture
 from vramplan.models.hf_config import architecture
 from vramplan.recipe.recipe import Recipe
 from vramplan.recipe.rules import cautions
+
+if TYPE_CHECKING:
+    from vramplan.memory.sharding import Sharded
 
 CATEGORIES = (
     "parameter",
@@ -49,6 +52,8 @@ class Estimate(Needs):
     policy: Policy = field(repr=False)
     notes: tuple[str, ...] = ()
     """What was assumed of the model (how its name was read, and the like)."""
+    sharded: Sharded | None = field(repr=False, default=None)
+    """Under DeepSpeed: this rank's part, and its host memory."""
 
     @property
     def parameters(self) -> int:
@@ -98,7 +103,7 @@ class Estimate(Needs):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as `vramplan estimate --json` prints it."""
-        return {
+        document = {
             "schema": 1,
             "model": {
                 "id": self.id,
@@ -120,17 +125,23 @@ class Estimate(Needs):
             "fits": self.fits,
             "warnings": list(self.warnings),
         }
+        if self.sharded is not None:
+            document["host"] = self.sharded.host._asdict()
+        return document
 
 
 def estimate(
     model: Model,
     recipe: Recipe = Recipe(),  # noqa: B008
     gpu: str | Gpu | Gpus | None = None,
+    *,
+    rank: int | None = None,
 ) -> Estimate:
     """Estimate the GPU memory of fine-tuning `model` by `recipe`.
 
     `model`: a Hub id, a folder, a config.json's path, a dict of a Hugging Face config, or an
-    Architecture. `gpu`: a name or size ("24GB", "rtx-4090"), or None.
+    Architecture. `gpu`: a name or size ("24GB", "rtx-4090"), or None. `rank`: of several, which
+    one's memory; None: the one that needs most.
 
     Raises UserError (ModelNotFound, ConfigError, UnknownName, IllegalRecipe) for what is wrong with
     the input.
@@ -140,11 +151,16 @@ def estimate(
     card = cards(gpu)
     capability = card.gpu.compute_capability if card is not None and not card.nominal else None
     policy = policy_of(recipe, arch, capability)
-    run = parts(arch, policy, recipe.optimizer, recipe.allocator)
-    workspace = allocator.workspaces(capability, run.program.epilogues)
-    timeline = run_timeline(
-        run, recipe.batch_size, recipe.seq_len, recipe.gradient_accumulation_steps, workspace
-    )
+    batch, seq, steps = recipe.batch_size, recipe.seq_len, recipe.gradient_accumulation_steps
+    part = None
+    if recipe.deepspeed is None:
+        run = parts(arch, policy, recipe.optimizer, recipe.allocator)
+        workspace = allocator.workspaces(capability, run.program.epilogues)
+        timeline = run_timeline(run, batch, seq, steps, workspace)
+    else:
+        from vramplan.memory.zero import zero_estimate
+
+        run, part, timeline, workspace = zero_estimate(arch, policy, recipe, capability, rank)
     return Estimate(
         id=name,
         architecture=arch,
@@ -156,6 +172,7 @@ def estimate(
         parts=run,
         policy=policy,
         notes=notes,
+        sharded=part,
     )
 
 
@@ -188,6 +205,14 @@ def _breakdown(e: Estimate) -> dict[str, int]:
     timeline, recipe = e.timeline, e.recipe
     out = dict.fromkeys(CATEGORIES, 0)
     phase = e.peak_phase
+    if e.sharded is not None:
+        from vramplan.memory.zero_timeline import zero_breakdown
+
+        batch, seq = recipe.batch_size, recipe.seq_len
+        out.update(zero_breakdown(e.sharded, timeline, e.workspace, batch, seq))
+        left = "activation" if phase in ("forward", "backward") else "temporary"
+        out[left] += e.peak_allocated - sum(out.values())
+        return out
     if phase in ("load", "prepare"):
         out["parameter"] = getattr(timeline, phase).end
         out["temporary"] = e.peak_allocated - out["parameter"]

@@ -18,6 +18,7 @@ from vramplan.memory.labels import labelled_step
 from vramplan.memory.live import live_terms
 from vramplan.memory.program import Point
 from vramplan.memory.terms import Term, gradients, loading, resident, step_transient
+from vramplan.memory.zero_terms import zero_terms
 from vramplan.units import format_bytes
 
 
@@ -46,7 +47,9 @@ class Explanation:
 def explain(estimate: Estimate) -> Explanation:
     """Every term of `estimate.peak_allocated`, the largest of a category first."""
     phase, where = estimate.peak_phase, ""
-    if phase in ("load", "prepare"):
+    if estimate.sharded is not None:
+        terms = list(zero_terms(estimate, estimate.sharded))
+    elif phase in ("load", "prepare"):
         terms = list(loading(estimate))
     else:
         terms = list(resident(estimate))

@@ -57,7 +57,7 @@ class Layout(NamedTuple):
 def layout(arch: Architecture, policy: Policy, allocator: str) -> Layout:
     """The weights of `arch` under `policy`. Raises UnknownName for targets that match nothing."""
     tensors = inventory(arch)
-    adapters = tuple(_adapters(tensors, policy))
+    adapters = tuple(adapters_of(tensors, policy))
     if policy.rank is not None and not adapters:
         raise UnknownName("target module", policy.targets, _module_names(tensors))
     trained = adapters if policy.rank is not None else tuple(_trained(tensors, policy))
@@ -140,7 +140,7 @@ def _trained(tensors: tuple[Tensor, ...], policy: Policy) -> Iterator[Trained]:
             yield Trained(t.name, t.numel, itemsize, t.count, t.role == "embedding", t.shape)
 
 
-def _adapters(tensors: tuple[Tensor, ...], policy: Policy) -> Iterator[Trained]:
+def adapters_of(tensors: tuple[Tensor, ...], policy: Policy) -> Iterator[Trained]:
     """lora_A (rank x in) and lora_B (out x rank) of every adapted linear, router and expert.
 
     peft's ParamWrapper gives a parameter that merges several former modules their number times the

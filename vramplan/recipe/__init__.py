@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vramplan.recipe.deepspeed import DeepSpeed
 from vramplan.recipe.recipe import LoRA, Recipe
 
-__all__ = ["LoRA", "Recipe"]
+__all__ = ["DeepSpeed", "LoRA", "Recipe"]

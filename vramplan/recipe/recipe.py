@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from vramplan.errors import IllegalRecipe, InvalidValue, UnknownName
+from vramplan.recipe.deepspeed import DeepSpeed
 from vramplan.recipe.optimizers import find_optimizer
 from vramplan.recipe.rules import check
 
@@ -93,16 +94,18 @@ class Recipe:
     """Tokens a sequence; every sequence has this length."""
     gradient_accumulation_steps: int = 1
     """Micro-batches before each optimizer step."""
-    deepspeed: None = None
-    """ZeRO settings. Not available yet: only None."""
+    deepspeed: DeepSpeed | None = None
+    """ZeRO settings; None is torch alone. A dict is taken too."""
     world_size: int = 1
-    """GPUs that train together. Not available yet: only 1."""
+    """GPUs that train together, one process each; more than 1 only with `deepspeed`."""
     allocator: Allocator = "expandable_segments"
     """PYTORCH_CUDA_ALLOC_CONF: expandable_segments:True, or torch's default."""
 
     def __post_init__(self) -> None:
         if self.lora is not None and not isinstance(self.lora, LoRA):
             object.__setattr__(self, "lora", _lora(self.lora))
+        if self.deepspeed is not None and not isinstance(self.deepspeed, DeepSpeed):
+            object.__setattr__(self, "deepspeed", DeepSpeed.from_dict(self.deepspeed))
         _check_name("dtype", self.dtype, DTYPES)
         _check_name("mixed_precision", self.mixed_precision, MIXED_PRECISIONS)
         if self.quantization is not None:
@@ -118,13 +121,14 @@ class Recipe:
         if not isinstance(self.optimizer, str):
             raise InvalidValue("optimizer", self.optimizer, "a name, such as 'adamw_torch_fused'")
         find_optimizer(self.optimizer)
-        _check_single_gpu(self)
+        _check_ranks(self)
         check(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON, in the order of the fields."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         values["lora"] = self.lora.to_dict() if self.lora is not None else None
+        values["deepspeed"] = self.deepspeed.to_dict() if self.deepspeed is not None else None
         return values
 
     @classmethod
@@ -225,13 +229,9 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and type(value) is not bool
 
 
-def _check_single_gpu(recipe: Recipe) -> None:
-    if recipe.deepspeed is not None:
+def _check_ranks(recipe: Recipe) -> None:
+    if recipe.world_size != 1 and recipe.deepspeed is None:
         raise IllegalRecipe(
-            f"deepspeed is {recipe.deepspeed!r}: ZeRO is not available yet, only None is"
-        )
-    if recipe.world_size != 1:
-        raise IllegalRecipe(
-            f"world_size is {recipe.world_size}: runs on several GPUs are not available yet, "
-            "only 1 is"
+            f"world_size is {recipe.world_size} without deepspeed: torch's data parallelism (DDP) "
+            "is not available yet; set deepspeed, whose stage 0 partitions nothing"
         )

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 def trainable_dtype(recipe: Recipe) -> str:
     """The dtype of the parameters that are trained, and so of their gradients."""
+    if recipe.deepspeed is not None and recipe.mixed_precision != "no":
+        return "fp32"  # DeepSpeed steps and scales fp32 masters, whatever was loaded
     return recipe.dtype if recipe.lora is None else recipe.lora.dtype
 
 
@@ -107,9 +109,34 @@ def _bf16_gradients_without_kernel(recipe: Recipe) -> str | None:
     )
 
 
+def _sixteen_bits_without_engine(recipe: Recipe) -> str | None:
+    # DeepSpeed 0.19.8, runtime/engine.py, get_data_types: without bf16 or fp16 it takes the model
+    # for fp32, and accumulates gradients of 16-bit weights in fp32: not described here.
+    if recipe.deepspeed is None or recipe.mixed_precision != "no" or recipe.dtype == "fp32":
+        return None
+    return (
+        f"deepspeed with dtype {recipe.dtype!r} and mixed_precision 'no': DeepSpeed's engine is "
+        "then fp32 over 16-bit weights. Use mixed_precision 'bf16' or 'fp16', or dtype 'fp32'"
+    )
+
+
+def _quantized_stage_3(recipe: Recipe) -> str | None:
+    # transformers 5.17, quantizers/quantizer_bnb_4bit.py: under stage 3 weights are packed in
+    # bnb_4bit_quant_storage, which has to be the engine's dtype; int8's cannot be partitioned.
+    if recipe.deepspeed is None or recipe.deepspeed.stage != 3 or recipe.quantization is None:
+        return None
+    return (
+        f"quantization {recipe.quantization!r} with deepspeed stage 3: packed weights can't be "
+        "partitioned unless they are stored in the engine's own dtype "
+        "(bnb_4bit_quant_storage), which is not available yet. Use stage 2 or less"
+    )
+
+
 _RULES: tuple[Callable[[Recipe], str | None], ...] = (
     _quantized_full_fine_tuning,
     _scaled_half_gradients,
     _flash_attention_in_fp32,
     _bf16_gradients_without_kernel,
+    _sixteen_bits_without_engine,
+    _quantized_stage_3,
 )

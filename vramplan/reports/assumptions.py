@@ -28,6 +28,7 @@ def assumptions(needed: Estimate) -> tuple[str, ...]:
     ]
     if needed.gpu is not None:
         said += _card(needed.gpu)
+    said += _ranks(needed)
     said.append(f"The libraries do as in {CHECKED_WITH}.")
     return (*said, *(f"{note}." for note in needed.notes))
 
@@ -60,7 +61,20 @@ def _card(gpus: Gpus) -> list[str]:
         said.append(f"{gpus.gpu.name}: the size as sold; no driver's figure is known.")
     if gpus.free is None and not gpus.nominal:
         said.append("Nothing else uses the card: no display, no other process.")
-    if gpus.count > 1:
+    return said
+
+
+def _ranks(needed: Estimate) -> list[str]:
+    gpus, recipe = needed.gpu, needed.recipe
+    said = []
+    if recipe.deepspeed is not None:
+        said.append(
+            "DeepSpeed 0.19.8 through TrainingArguments(deepspeed=...), its AdamW for torch's; "
+            f"shown is rank {needed.sharded.rank if needed.sharded else 0}, which needs most."
+        )
+    if recipe.world_size > 1:
+        said.append("NCCL's own memory, which no figure is known for, comes on top of required.")
+    elif gpus is not None and gpus.count > 1:
         said.append(
             f"The run uses one of the {gpus.count} cards: CUDA_VISIBLE_DEVICES names it. Started "
             "with several in sight, Trainer splits each batch over them with DataParallel."

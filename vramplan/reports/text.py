@@ -11,6 +11,7 @@ from vramplan.units import format_bytes, format_count
 if TYPE_CHECKING:
     from vramplan.memory.advice import Change
     from vramplan.memory.estimate import Estimate
+    from vramplan.recipe.deepspeed import DeepSpeed
     from vramplan.recipe.recipe import LoRA, Recipe
 
 Paint = Callable[[str, str], str]
@@ -101,7 +102,8 @@ def _answer(needed: Estimate, no_gpu: str, look: Look) -> Iterator[str]:
 def _card(needed: Estimate) -> str:
     assert needed.gpu is not None
     count, name = needed.gpu.count, needed.gpu.gpu.name
-    return f"one of {count} x {name}" if count > 1 else name
+    each = "each" if needed.recipe.world_size > 1 else "one"
+    return f"{each} of {count} x {name}" if count > 1 else name
 
 
 def _subject(needed: Estimate, look: Look) -> Iterator[str]:
@@ -137,10 +139,49 @@ def _settings(recipe: Recipe) -> Iterator[str]:
     yield "no mixed precision" if mixed == "no" else f"{mixed} mixed precision"
     yield recipe.optimizer
     yield f"{recipe.attention} attention"
+    if recipe.deepspeed is not None:
+        yield _zero(recipe.deepspeed)
     yield f"gradient checkpointing {'on' if recipe.gradient_checkpointing else 'off'}"
-    batch = f"batch {recipe.batch_size} x {recipe.seq_len} tokens"
+    each = " a rank" if recipe.world_size > 1 else ""
+    batch = f"batch {recipe.batch_size} x {recipe.seq_len} tokens{each}"
     steps = recipe.gradient_accumulation_steps
     yield batch if steps == 1 else f"{batch}, accumulated {steps} times"
+
+
+def _zero(zero: DeepSpeed) -> str:
+    said = f"ZeRO stage {zero.stage}"
+    if zero.offload_optimizer:
+        said += f", optimizer on {zero.offload_optimizer}"
+    return said + (f", weights on {zero.offload_param}" if zero.offload_param else "")
+
+
+def _host(needed: Estimate, look: Look) -> Iterator[str]:
+    """What each rank keeps outside its GPU."""
+    if needed.sharded is None:
+        return
+    host, ranks = needed.sharded.host, needed.recipe.world_size
+    if ranks > 1:
+        yield from _wrap(
+            f"These are the figures of each of {ranks} ranks, one a GPU.", look, indent=2
+        )
+    places = (
+        ("pinned", host.pinned),
+        ("pageable", host.pageable),
+        ("on NVMe", host.nvme),
+    )
+    kept = [f"{format_bytes(size)} {where}" for where, size in places if size]
+    if kept:
+        total = ranks * (host.pinned + host.pageable)
+        node = f"; all {ranks} ranks: {format_bytes(total)} of memory" if ranks > 1 else ""
+        yield from _wrap(f"Host, a rank: {', '.join(kept)}{node}.", look, indent=2)
+    if host.loading:
+        every = f", of all {ranks} {format_bytes(ranks * host.loading)}" if ranks > 1 else ""
+        yield from _wrap(
+            f"While loading, each rank has the weights in host memory: "
+            f"{format_bytes(host.loading)}{every}.",
+            look,
+            indent=2,
+        )
 
 
 def _totals(needed: Estimate, look: Look) -> Iterator[str]:
@@ -167,6 +208,7 @@ def _totals(needed: Estimate, look: Look) -> Iterator[str]:
             look,
             indent=2,
         )
+    yield from _host(needed, look)
     if needed.gpu is not None:
         for process in needed.gpu.others:
             used = "an unknown amount" if process.used is None else format_bytes(process.used)
