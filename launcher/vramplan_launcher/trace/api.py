@@ -54,6 +54,8 @@ class Traced:
     """Of the libraries whose code was traced."""
     gpu: Gpus | None = None
     notes: tuple[str, ...] = ()
+    sharded: None = None
+    """One rank is traced; ZeRO is not."""
 
     @property
     def peak_allocated(self) -> int:
