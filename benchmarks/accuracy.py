@@ -116,6 +116,13 @@ def inference_table() -> Iterator[str]:
     yield from rows
 
 
+def matrix_summary() -> Iterator[str]:
+    """What `make trace-matrix` found, from its own page."""
+    text = (PAGE.parent / "trace-matrix.md").read_text(encoding="utf-8")
+    yield next(part for part in text.split("\n\n") if part.startswith("**")) + "\n"
+    yield "By regime, family and optimizer: [trace-matrix.md](trace-matrix.md).\n"
+
+
 def page() -> str:
     lines = [INTRO]
     everything: list[tuple[float, str]] = []
@@ -131,6 +138,9 @@ def page() -> str:
         "Runs under a cap on the allocator (expandable segments), the smallest that survived plus",
         "the CUDA context, against `required`.\n",
         *caps(),
+        "",
+        "## Against the trace\n",
+        *matrix_summary(),
         "",
         "## Inference\n",
         "`generate` on one NVIDIA H100 (transformers 5.17, expandable segments). Models were made",

@@ -180,9 +180,17 @@ def _peak(
         pairs = _parts_alike(*kinds)
     if pairs is None:
         return None
+    # The most grows with the depth at least as it did last: it is the highest of straight lines.
+    # So the line through the two highest instants is no bound too many, should a pair be missed.
+    highest = [
+        max(places, key=lambda i: run[i].live, default=-1)
+        for run, places in zip((small, large), born, strict=True)
+    ]
     best = (0, -1, -1)
-    for one, two in pairs:
-        low, high = born[0][one], born[1][two]
+    instants = [(born[0][one], born[1][two]) for one, two in pairs]
+    if -1 not in highest:
+        instants.append((highest[0], highest[1]))
+    for low, high in instants:
         live = _line(small[low].live, large[high].live, times)
         if live > best[0]:
             best = (live, low, high)
