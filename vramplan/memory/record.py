@@ -61,6 +61,10 @@ class Recorder(Experts):
             self.bounds.pop()
             self._mark_backward(self.bounds[-1][1])
 
+    def graph_ends(self) -> None:
+        """The loss lets go of its graph: of all layers' contexts at once."""
+        self.mark("backward", "end of the graph", gathers=True)
+
     def recording(self) -> Recording:
         """What was recorded up to now."""
         self.mark("end", "end")

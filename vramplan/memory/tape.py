@@ -37,6 +37,7 @@ class Tape:
         self.grad_enabled = True
         self.autocast: str | None = None
         self.casts: list[Parameter] = []
+        self.contexts: list[Any] = []  # attributes of nodes that ran; the loss holds their graph
         self.epilogues: set[bool] = set()  # threads that ran addmm: forward's, a recomputation's
 
     @property
@@ -170,7 +171,13 @@ class Tape:
                     self._deliver(edge[0], edge[1], grad, queue)
                 del grad
             del edges
+        if self.contexts:
+            self.graph_ends()
+            self.contexts.clear()
         self.grad_enabled = True
+
+    def graph_ends(self) -> None:
+        """Called before what nodes kept on their contexts is let go; a subclass may mark it."""
 
     def passed(self, order: int) -> None:
         """Called before each backward node; a subclass may mark sections."""
@@ -196,7 +203,10 @@ class Tape:
                     grads[i] = grad = self.new(size, dtype)
             del grad
         del buffers
-        node.saved, node.context, node.edges = (), None, []
+        node.saved, node.edges = (), []
+        if node.context is not None:
+            self.contexts.append(node.context)
+            node.context = None
         return grads
 
     def sum_to(self, grad: Value, size: Size) -> Value:
