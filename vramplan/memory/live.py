@@ -121,6 +121,7 @@ def _counts(labelled: Labelled, sizes: list[int], index: int, point: Point) -> C
     """How many storages each recorded one stands for at the peak, as Program.walk adds them up."""
     sections = labelled.sections()
     copies = {e: mark.repeats for mark, events in sections for e in events if e >= 0}
+    copies.update(labelled.recording.copies)
     counts: Counter[int] = Counter()
 
     def change(event: int, times: int, gathers: bool) -> int:

@@ -170,6 +170,7 @@ def _birth_repeats(recording: Recording) -> dict[int, int]:
             for event in recording.events[mark.start : following.start]:
                 if event >= 0:
                     out[event] = mark.repeats
+    out.update(recording.copies)
     return out
 
 

@@ -6,12 +6,13 @@ marks say how often each stands for itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from vramplan.memory.experts import Experts
 from vramplan.memory.precision import Policy
-from vramplan.memory.values import LEAF_ORDER, Value
+from vramplan.memory.values import LEAF_ORDER, Storage, Value
 from vramplan.models.architecture import Architecture
 from vramplan.models.blocks import family
 
@@ -36,6 +37,9 @@ class Recording(NamedTuple):
     categories: list[str]
     epilogues: int = 0
     """Threads that added a bias in a product (cuBLASLt): forward's, and autograd's recomputing."""
+    copies: Mapping[int, int] = MappingProxyType({})
+    """How many a storage stands for when contexts end: repeats of the layer that keeps it, which
+    need not be the one that made it."""
 
 
 class Recorder(Experts):
@@ -44,6 +48,7 @@ class Recorder(Experts):
     def __init__(self, policy: Policy) -> None:
         super().__init__(policy)
         self.marks: list[Mark] = []
+        self.copies: dict[int, int] = {}
         self.bounds: list[tuple[int, Mark]] = []  # first node order of a forward section
 
     def mark(self, phase: str, name: str, repeats: int = 1, gathers: bool = False) -> None:
@@ -61,6 +66,12 @@ class Recorder(Experts):
             self.bounds.pop()
             self._mark_backward(self.bounds[-1][1])
 
+    def keeps(self, context: list[Storage | None]) -> None:
+        """What a layer keeps on contexts, each of its repetitions keeps."""
+        for storage in context:
+            if storage is not None:
+                self.copies[storage.index] = self.marks[-1].repeats
+
     def graph_ends(self) -> None:
         """The loss lets go of its graph: of all layers' contexts at once."""
         self.mark("backward", "end of the graph", gathers=True)
@@ -70,7 +81,12 @@ class Recorder(Experts):
         self.mark("end", "end")
         events = self.events[: self.marks[-1].start]
         return Recording(
-            tuple(self.marks), events, self.sizes, self.categories, len(self.epilogues)
+            tuple(self.marks),
+            events,
+            self.sizes,
+            self.categories,
+            len(self.epilogues),
+            self.copies,
         )
 
     def _mark_backward(self, forward: Mark) -> None:

@@ -96,6 +96,7 @@ class Tape:
         node.expected = [(v.size, v.dtype) for v in inputs]
         if context is not None:
             node.context = context()
+            self.keeps(node.context)
         if isinstance(out, Value):
             out.node = node
             return out
@@ -175,6 +176,9 @@ class Tape:
             self.graph_ends()
             self.contexts.clear()
         self.grad_enabled = True
+
+    def keeps(self, context: list[Storage | None]) -> None:
+        """Called with what a node keeps on its context; a subclass may note it."""
 
     def graph_ends(self) -> None:
         """Called before what nodes kept on their contexts is let go; a subclass may mark it."""
