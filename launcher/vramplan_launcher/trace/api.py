@@ -12,6 +12,7 @@ from vramplan.errors import UserError
 from vramplan.hardware.catalogue import Gpu, Gpus, parse_gpu, warnings_for
 from vramplan.memory import allocator
 from vramplan.memory.estimate import CATEGORIES
+from vramplan.memory.needs import Needs
 from vramplan.memory.timeline import Phase
 from vramplan.recipe.optimizers import find_optimizer
 from vramplan.recipe.recipe import Recipe
@@ -37,7 +38,7 @@ class Times:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Traced:
+class Traced(Needs):
     """A trace in the shape of an `Estimate`. Sizes are bytes on one GPU."""
 
     id: str
@@ -76,23 +77,6 @@ class Traced:
             "nccl": 0,
             "allocator_slack": allocator.slack(self.peak_allocated, self.recipe.allocator),
         }
-
-    @property
-    def required(self) -> int:
-        """The smallest device memory with which the run ends."""
-        return self.peak_allocated + sum(self.overhead.values())
-
-    @property
-    def available(self) -> int | None:
-        """As an Estimate's."""
-        if self.gpu is None:
-            return None
-        return self.gpu.gpu.capacity if self.gpu.free is None else self.gpu.free
-
-    @property
-    def fits(self) -> bool | None:
-        """Whether `required` is available; None where no GPU was given."""
-        return None if self.available is None else self.required <= self.available
 
     @property
     def warnings(self) -> tuple[str, ...]:
