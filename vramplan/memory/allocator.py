@@ -25,7 +25,7 @@ WORKSPACES = 2
 
 CONTEXT = 760 * MIB
 """CUDA context, kernels and libraries of a training process: NVML's figure less what torch had
-reserved, NVIDIA H100 and H200 with driver 580 and torch 2.11: 742-760 MiB in 210 runs."""
+reserved, NVIDIA H100 and H200 with driver 580 and torch 2.11: 742-760 MiB in 206 runs."""
 CONTEXT_INT8 = 822 * MIB
 """The same with bitsandbytes' int8 kernels and its own cuBLASLt context: 822 MiB."""
 
