@@ -82,8 +82,8 @@ def _int8_facts(arch: Architecture, recipe: Recipe) -> Iterator[str]:
     if part >= 0.01:
         yield (
             f"int8 keeps columns with an element of 6 or more in full: {100 * part:.0f} % of each "
-            "down projection's input is reckoned, as with freshly initialised weights; trained "
-            "checkpoints usually have fewer, and need less than shown"
+            "down projection's input is reckoned, as with freshly initialised weights; how many a "
+            "trained checkpoint has was not measured"
         )
 
 

@@ -5,8 +5,8 @@ bitsandbytes' MatMul8bitLt takes every column of its input with an element of ma
 checkpointing's reach. How many there are depends on the data. What is reckoned here is the model
 as initialised: weights from N(0, initializer_range^2), normalized inputs, hence gate and up of a
 gated feed-forward from N(0, s^2) with s = initializer_range x sqrt(hidden size); an element of
-silu(gate) x up reaches 6 with probability p, a column of T tokens with 1 - (1 - p)^T. Measured so
-on random weights, a layer: Granite 724-810 of 8192 columns against 786 reckoned, Mistral 14129-14287
+silu(gate) x up reaches 6 with probability p, a column of T tokens with 1 - (1 - p)^T. Measured on
+random weights, a layer: Granite 724-810 of 8192 columns against 786 reckoned, Mistral 14129-14287
 of 14336 against 14322, Llama-1B 561-737 against 786: its small embeddings meet the norm's epsilon,
 which is not reckoned, and the first layers have fewer.
 Trained checkpoints were not measured; few outliers are what the LLM.int8 paper reports.
