@@ -48,7 +48,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(INSTALL) --editable .
 	@touch $@
 
+# DeepSpeed comes as source, and asks torch for its version while it is built. No op is compiled.
 $(VENV)/.installed-dev: $(VENV)/.installed
+	@$(INSTALL) torch setuptools wheel
+	@test "$$(uname)" != Linux || DS_BUILD_OPS=0 $(INSTALL) --no-build-isolation deepspeed
 	@$(INSTALL) --editable '.[dev]'
 	@touch $@
 
