@@ -54,11 +54,12 @@ def test_the_light_command_needs_light_packages_only() -> None:
 
 def test_the_extras() -> None:
     extras = {name: bounds(needs) for name, needs in PROJECT["optional-dependencies"].items()}
-    assert set(extras) == {"launch", "flash", "dev"}
+    assert set(extras) == {"launch", "flash", "plot", "dev"}
     assert set(extras["launch"]) == {
-        *("torch", "transformers", "accelerate", "peft", "bitsandbytes", "deepspeed")
+        *("torch", "transformers", "accelerate", "peft", "bitsandbytes", "deepspeed", "datasets")
     }
     assert set(extras["flash"]) == {"flash-attn"}
+    assert set(extras["plot"]) == {"matplotlib"}
 
 
 def test_every_requirement_states_a_lower_bound_that_the_tested_version_meets() -> None:
