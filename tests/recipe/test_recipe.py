@@ -201,9 +201,8 @@ def test_from_dict_wants_a_table() -> None:
         Recipe.from_dict([("batch_size", 1)])  # type: ignore[arg-type]
 
 
-def test_several_gpus_need_deepspeed() -> None:
-    with pytest.raises(IllegalRecipe, match="^world_size is 2 without deepspeed: .*DDP"):
-        Recipe(world_size=2)
+def test_several_gpus() -> None:
+    assert Recipe(world_size=2).deepspeed is None  # torch's DDP
     assert Recipe(world_size=2, deepspeed={"stage": 2}).deepspeed == DeepSpeed(stage=2)  # type: ignore[arg-type]
     with pytest.raises(InvalidValue, match="^world_size is 0: it must be an integer of at least 1"):
         Recipe(world_size=0)

@@ -31,6 +31,16 @@ SELDOM = 50_000
 COMMANDS = {
     "estimate": "How much GPU memory a fine-tuning run needs.",
     "trace": "The same from the model's real code, run on fake tensors.",
+    "launch": "Run it for real, then show how the prediction held.",
+    "verify": "A short real run, only to compare with the prediction.",
+    "compare": "Past runs: predicted against measured.",
+    "accuracy": "How predictions held in the runs that were launched here.",
+    "config": "Write DeepSpeed's and accelerate's configs, with reasons.",
+    "export": "Write the run for Trainer, TRL, accelerate, Axolotl or LLaMA-Factory.",
+    "fit": "The cheapest configuration that fits, of all that are legal.",
+    "ladder": "Each saving in turn, and the checklist by impact.",
+    "sweep": "One table over values of a recipe's fields.",
+    "max": "The longest sequence and the largest batch that fit.",
     "models": "List the models whose configuration comes with vramplan.",
     "gpus": "List the known GPUs, or those in this machine.",
 }

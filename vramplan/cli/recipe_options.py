@@ -41,6 +41,10 @@ _FIELDS = (
     click.option(
         "--optimizer", "--optim", metavar="NAME", help="transformers' optim. [adamw_torch_fused]"
     ),
+    click.option(
+        "--optim-target-modules", metavar="NAMES", help="Of galore_... and apollo_.... [all-linear]"
+    ),
+    click.option("--optim-rank", metavar="N", help="Of the same: optim_args' rank. [128]"),
     click.option("--batch-size", metavar="N", help="per_device_train_batch_size. [1]"),
     click.option("--seq-len", metavar="N", help="Tokens a sequence, such as 4096 or 4k. [2048]"),
     click.option("--gradient-accumulation-steps", metavar="N", help="Micro-batches to a step. [1]"),
@@ -49,6 +53,7 @@ _FIELDS = (
         "--offload-optimizer", metavar="NAME", help="Of --zero: cpu, nvme or none. [none]"
     ),
     click.option("--offload-param", metavar="NAME", help="Of --zero 3: cpu, nvme or none. [none]"),
+    click.option("--deepspeed", metavar="FILE", help="A ds_config.json; options override it."),
     click.option(
         "--world-size", metavar="N", help="GPUs that train together. [those of --gpu, with --zero]"
     ),
@@ -57,7 +62,10 @@ _FIELDS = (
     ),
 )
 _NONE = ("none", "no")
-_COUNTS = ("batch_size", "seq_len", "gradient_accumulation_steps", "lora_rank", "world_size")
+_COUNTS = (
+    *("batch_size", "seq_len", "gradient_accumulation_steps", "lora_rank", "optim_rank"),
+    "world_size",
+)
 
 
 def recipe_options(function: Any) -> Any:
@@ -67,8 +75,17 @@ def recipe_options(function: Any) -> Any:
     return function
 
 
-def recipe_of(file: str | None, given: dict[str, Any]) -> Recipe:
-    """The recipe of the file, or the default, with the options that were given."""
+def recipe_of(
+    file: str | None,
+    given: dict[str, Any],
+    cards: int | None = None,
+    base: dict[str, Any] | None = None,
+) -> Recipe:
+    """The recipe of the file, or the default, with the options that were given.
+
+    `cards`: how many were named; a ds_config.json's batch has to agree with them. `base` is a
+    recipe's fields, where they come from no recipe file.
+    """
     from vramplan.recipe.recipe import Recipe
     from vramplan.units import parse_count
 
@@ -78,12 +95,21 @@ def recipe_of(file: str | None, given: dict[str, Any]) -> Recipe:
             chosen[name] = parse_count(chosen[name], thing=name.replace("lora_", "lora."))
     if chosen.get("quantization", "").lower() in _NONE:
         chosen["quantization"] = None
+    if "optim_target_modules" in chosen:
+        chosen["optim_target_modules"] = _names(chosen["optim_target_modules"])
     if file is None:
-        values: dict[str, Any] = {}
+        values: dict[str, Any] = dict(base or {})
     else:
         from vramplan.recipe.files import read_recipe
 
         values = read_recipe(file).to_dict()
+    ds_config = chosen.pop("deepspeed", None)
+    if ds_config is not None:
+        from vramplan.recipe.ds_merge import merged
+
+        values, warnings = merged(ds_config, values, chosen, cards)
+        for warning in warnings:
+            click.echo(f"Warning: {warning}", err=True)
     adapters = _adapters(chosen, values.get("lora"))
     zero = _zero(chosen, values.get("deepspeed"))
     return Recipe.from_dict({**values, **chosen, "lora": adapters, "deepspeed": zero})
@@ -112,6 +138,12 @@ def _zero(chosen: dict[str, Any], base: dict[str, Any] | None) -> dict[str, Any]
     return fields
 
 
+def _names(text: str) -> str | tuple[str, ...]:
+    """q_proj,v_proj or so."""
+    names = tuple(name for name in (part.strip() for part in text.split(",")) if name)
+    return names[0] if len(names) == 1 else names
+
+
 def _adapters(chosen: dict[str, Any], base: dict[str, Any] | None) -> dict[str, Any] | None:
     """LoRA's fields, taken out of `chosen`; None for full fine-tuning."""
     wanted = chosen.pop("lora", None)
@@ -121,9 +153,7 @@ def _adapters(chosen: dict[str, Any], base: dict[str, Any] | None) -> dict[str, 
         if name.startswith("lora_")
     }
     if "targets" in fields:
-        names = (name.strip() for name in fields.pop("targets").split(","))
-        targets = tuple(name for name in names if name)
-        fields["target_modules"] = targets[0] if len(targets) == 1 else targets
+        fields["target_modules"] = _names(fields.pop("targets"))
     if wanted is False:
         if fields:
             from vramplan.errors import IllegalRecipe

@@ -23,9 +23,14 @@ _COUNTS = (
     "allgather_bucket_size",
     "stage3_prefetch_bucket_size",
     "stage3_param_persistence_threshold",
+    "stage3_model_persistence_threshold",
     "stage3_max_live_parameters",
     "stage3_max_reuse_distance",
     "sub_group_size",
+    "optimizer_buffer_count",
+    "param_buffer_count",
+    "param_buffer_size",
+    "max_in_cpu",
 )
 _AUTO_COUNTS = (
     "reduce_bucket_size",
@@ -37,8 +42,15 @@ _FLAGS = (
     "contiguous_gradients",
     "reduce_scatter",
     "round_robin_gradients",
+    "parameter_alignment",
+    "memory_efficient_linear",
     "pin_memory",
+    "pipeline_read",
+    "pipeline_write",
+    "fast_init",
 )
+SYS_MAXSIZE = 2**63 - 1
+"""stage3_model_persistence_threshold's default: sys.maxsize."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +70,24 @@ class DeepSpeed:
     """Where stage 3's weight partitions live: None is the GPU."""
     pin_memory: bool = True
     """Page-locked host memory for what is offloaded."""
+    pin_param_memory: bool | None = None
+    """offload_param's own pin_memory; None is as `pin_memory`."""
+    nvme_path: str | None = None
+    """A folder on NVMe, for what is offloaded there (nvme_path of either)."""
+    optimizer_buffer_count: int = 4
+    """offload_optimizer.buffer_count: buffers of a sub-group's states, for NVMe."""
+    pipeline_read: bool = False
+    """offload_optimizer.pipeline_read: read the next sub-group while one steps, for NVMe."""
+    pipeline_write: bool = False
+    """offload_optimizer.pipeline_write: write the last sub-group while one steps, for NVMe."""
+    fast_init: bool = False
+    """offload_optimizer.fast_init: write the first states straight to NVMe."""
+    param_buffer_count: int = 5
+    """offload_param.buffer_count: buffers of weights, for NVMe."""
+    param_buffer_size: int = int(1e8)
+    """offload_param.buffer_size: elements of each of those buffers."""
+    max_in_cpu: int = int(1e9)
+    """offload_param.max_in_cpu: elements of weights that stay on the host, for NVMe."""
     reduce_bucket_size: Count = AUTO
     """Gradients reduced at once; "auto" is hidden size squared."""
     allgather_bucket_size: int = int(5e8)
@@ -70,10 +100,16 @@ class DeepSpeed:
     """Reduce each gradient to its owner only."""
     round_robin_gradients: bool = False
     """Deal parameters out to ranks in turn: the same sizes, other owners."""
+    parameter_alignment: bool = False
+    """Stages 1 and 2: each parameter starts at a multiple of 16 bytes of the flat buffer."""
+    memory_efficient_linear: bool = True
+    """Stage 3 replaces torch's linear, whose backward then keeps the partitioned weight alone."""
     stage3_prefetch_bucket_size: Count = AUTO
     """Weights gathered ahead; "auto" is 0.9 x hidden size squared."""
     stage3_param_persistence_threshold: Count = AUTO
     """Weights of at most so many elements are never partitioned; "auto" is 10 x hidden size."""
+    stage3_model_persistence_threshold: int = SYS_MAXSIZE
+    """At most so many elements of all weights together stay unpartitioned."""
     stage3_max_live_parameters: int = int(1e9)
     """Weights that may be gathered at a time: beyond it nothing is gathered ahead."""
     stage3_max_reuse_distance: int = int(1e9)
@@ -93,6 +129,12 @@ class DeepSpeed:
         for name in _FLAGS:
             if type(getattr(self, name)) is not bool:
                 raise InvalidValue(f"deepspeed.{name}", getattr(self, name), "True or False")
+        if self.pin_param_memory is not None and type(self.pin_param_memory) is not bool:
+            raise InvalidValue(
+                "deepspeed.pin_param_memory", self.pin_param_memory, "True, False or None"
+            )
+        if self.nvme_path is not None and not (isinstance(self.nvme_path, str) and self.nvme_path):
+            raise InvalidValue("deepspeed.nvme_path", self.nvme_path, "a folder's path")
         self._check_offload()
 
     def _check_offload(self) -> None:

@@ -2,8 +2,8 @@
 
 Names: `OptimizerNames` in transformers 5.17, training_args.py. What each name builds: the handlers
 of transformers 5.17, trainer_optimizer.py. State tensors: torch.optim of torch 2.13, `Adafactor` in
-transformers 5.17, optimization.py, and `init_state` in bitsandbytes 0.50, optim/optimizer.py and
-optim/ademamix.py.
+transformers 5.17, optimization.py, `init_state` in bitsandbytes 0.50, optim/optimizer.py and
+optim/ademamix.py, and the third-party packages in _ELSEWHERE, each with its version.
 
 Only facts here, no bytes: what they cost is reckoned where memory is.
 """
@@ -11,12 +11,25 @@ Only facts here, no bytes: what they cost is reckoned where memory is.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from vramplan.errors import IllegalRecipe, UnknownName
 
-Package = Literal["torch", "transformers", "bitsandbytes"]
-Stepping = Literal["fused", "foreach", "per_parameter"]
+Package = Literal[
+    "torch",
+    "transformers",
+    "bitsandbytes",
+    "torchao",
+    "galore_torch",
+    "apollo_torch",
+    "lomo_optim",
+    "grokadamw",
+    "schedulefree",
+    "optimi",
+]
+Stepping = Literal["fused", "foreach", "per_parameter", "in_backward"]
+LIBRARIES = ("torch", "transformers", "bitsandbytes")
+"""The packages that every `launch` has; the others are installed for their optimizer alone."""
 
 # bitsandbytes 0.50, optim/optimizer.py: `init_state` keeps a tensor of fewer elements in 32 bits.
 BNB_MIN_8BIT_ELEMENTS = 4096
@@ -26,6 +39,15 @@ BNB_BLOCK_ELEMENTS = 256
 BNB_MIN_PAGED_ELEMENTS = 100_000
 # ... `fill_qmap`: a signed and an unsigned fp32 table of 256 values, shared by all tensors.
 BNB_CODE_TABLE_ELEMENTS = 256
+# torchao 0.18, optim/adam.py, _new_buffer: fewer elements, or no whole blocks, are not quantized.
+TORCHAO_MIN_ELEMENTS = 4096
+# transformers 5.17, _get_torchao_optimizer: the block of both, unless `optim_args` names another.
+TORCHAO_BLOCK_ELEMENTS = 256
+
+
+def torchao_quantizes(numel: int) -> bool:
+    """Whether torchao's optimizers quantize the states of a parameter of so many elements."""
+    return numel >= TORCHAO_MIN_ELEMENTS and numel % TORCHAO_BLOCK_ELEMENTS == 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,14 +57,14 @@ class Optimizer:
     name: str
     """The `optim` value, as transformers spells it."""
     algorithm: str
-    """adamw, adafactor, sgd, adagrad, rmsprop, lion or ademamix."""
+    """adamw, adafactor, sgd, adagrad, rmsprop, lion, ademamix, or one of _ELSEWHERE's own."""
     package: Package
-    """The package whose code holds the state."""
+    """The package, as it is imported, whose code holds the state."""
     class_name: str
     """The class that transformers instantiates."""
     states: int
     """State tensors as large as the parameter. AdEMAMix has three: its first state is doubled."""
-    bits: Literal[8, 32] | None = None
+    bits: Literal[4, 8, 32] | None = None
     """Bits of a state's element; None where the state takes the dtype of the parameter."""
     factored: bool = False
     """Adafactor: a parameter of two or more dimensions keeps one vector per axis instead."""
@@ -50,16 +72,25 @@ class Optimizer:
     """States live in CUDA managed memory, outside torch's counters (tensors of 100,000 or more)."""
     stepping: Stepping = "foreach"
     """fused: one kernel, no temporaries; foreach: temporaries the size of all parameters;
-    per_parameter: temporaries of the largest parameter."""
+    per_parameter: temporaries of the largest parameter; in_backward: the same, as soon as backward
+    has a parameter's gradient, which is let go then."""
     step_on_gpu: bool = False
     """A scalar fp32 step counter a parameter lies on the GPU (else on the host, or is an int)."""
     state_at_init: bool = False
     """The state is there from the optimizer's making (torch's Adagrad), not from the first step."""
+    low_rank: Literal["svd", "random"] | None = None
+    """How the gradients of `optim_target_modules` are projected to `optim_rank` before states."""
+    compensated: bool = False
+    """A 16-bit parameter has a Kahan compensation besides, as large as itself."""
+    states_of_frozen: bool = False
+    """Parameters that are not trained have states as well."""
+    on_host: bool = False
+    """States lie in (pageable) host memory; a step moves them to the GPU and back."""
 
     @property
     def quantized_states(self) -> int:
-        """States that carry fp32 absmax values, one a block of 256; 0 unless `bits` is 8."""
-        return self.states if self.bits == 8 else 0
+        """States that carry fp32 absmax values, one a block of 256; 0 unless `bits` is 4 or 8."""
+        return self.states if self.bits in (4, 8) else 0
 
     @property
     def embeddings_in_32_bits(self) -> bool:
@@ -165,49 +196,113 @@ _ALL = (
     _bnb("rmsprop_bnb_8bit", "rmsprop"),
 )
 
-OPTIMIZERS: dict[str, Optimizer] = {optimizer.name: optimizer for optimizer in _ALL}
+
+def _elsewhere(
+    name: str, algorithm: str, package: Package, class_name: str, **facts: Any
+) -> Optimizer:
+    return Optimizer(
+        name=name,
+        algorithm=algorithm,
+        package=package,
+        class_name=f"{package}.{class_name}",
+        **{"states": 2, "stepping": "per_parameter", **facts},
+    )
+
+
+def _galore(name: str, algorithm: str, class_name: str, **facts: Any) -> Optimizer:
+    return _elsewhere(name, algorithm, "galore_torch", class_name, low_rank="svd", **facts)
+
+
+def _apollo(name: str, **facts: Any) -> Optimizer:
+    return _elsewhere(name, "adamw", "apollo_torch", "APOLLOAdamW", low_rank="random", **facts)
+
+
+_LAYERWISE: Any = {"stepping": "in_backward"}
+
+_ELSEWHERE = (
+    # torchao 0.18, optim/adam.py. A step of each parameter is compiled (torch.compile).
+    _elsewhere("adamw_torch_8bit", "adamw", "torchao", "optim.AdamW8bit", bits=8),
+    _elsewhere("adamw_torch_4bit", "adamw", "torchao", "optim.AdamW4bit", bits=4),
+    # galore-torch 1.0. Its 8-bit AdamW is bitsandbytes' Optimizer2State.
+    _galore("galore_adamw", "adamw", "GaLoreAdamW"),
+    _galore("galore_adamw_8bit", "adamw", "GaLoreAdamW8bit", bits=8),
+    _galore("galore_adafactor", "adafactor", "GaLoreAdafactor", states=1, bits=32, factored=True),
+    _galore("galore_adamw_layerwise", "adamw", "GaLoreAdamW", **_LAYERWISE),
+    _galore("galore_adamw_8bit_layerwise", "adamw", "GaLoreAdamW8bit", bits=8, **_LAYERWISE),
+    # apollo-torch 1.0.3, apollo.py
+    _apollo("apollo_adamw"),
+    _apollo("apollo_adamw_layerwise", **_LAYERWISE),
+    # lomo-optim 0.1.1, lomo.py and adalomo.py: accelerate's backward is theirs (lomo_backward).
+    _elsewhere("lomo", "lomo", "lomo_optim", "Lomo", states=0, **_LAYERWISE),
+    _elsewhere(
+        *("adalomo", "adalomo", "lomo_optim", "AdaLomo"),
+        **{
+            "states": 1,
+            "bits": 32,
+            "factored": True,
+            "state_at_init": True,
+            "states_of_frozen": True,
+            **_LAYERWISE,
+        },
+    ),
+    # grokadamw 0.1.2, grokadamw.py: two moments and an average of gradients.
+    _elsewhere("grokadamw", "grokadamw", "grokadamw", "GrokAdamW", states=3, on_host=True),
+    # schedulefree 1.4.1: z, a copy of the weights, and but for SGD the second moment.
+    *(
+        _elsewhere(
+            *(f"schedule_free_{kind}", f"schedule_free_{kind}", "schedulefree"),
+            *(f"{title}ScheduleFree",),
+            **{"states": states, "stepping": "foreach"},
+        )
+        for kind, title, states in (("radam", "RAdam", 2), ("adamw", "AdamW", 2), ("sgd", "SGD", 1))
+    ),
+    # torch-optimi 0.3.3, stableadamw.py; Triton kernels, which come with torch for CUDA.
+    _elsewhere(
+        *("stable_adamw", "stable_adamw", "optimi", "StableAdamW"),
+        **{"compensated": True, "stepping": "fused"},
+    ),
+)
+
+OPTIMIZERS: dict[str, Optimizer] = {one.name: one for one in (*_ALL, *_ELSEWHERE)}
 """Every `optim` value whose memory vramplan models, by name."""
 
-NOT_MODELLED: dict[str, tuple[str, str]] = {
-    "adamw_torch_xla": ("torch_xla", "adamw_torch_fused"),
-    "adamw_torch_npu_fused": ("torch_npu", "adamw_torch_fused"),
-    "adamw_anyprecision": ("torchdistx", "adamw_torch"),
-    "adamw_torch_4bit": ("torchao", "adamw_8bit"),
-    "adamw_torch_8bit": ("torchao", "adamw_8bit"),
-    "galore_adamw": ("galore_torch", "adamw_torch"),
-    "galore_adamw_8bit": ("galore_torch", "adamw_8bit"),
-    "galore_adafactor": ("galore_torch", "adafactor"),
-    "galore_adamw_layerwise": ("galore_torch", "adamw_torch"),
-    "galore_adamw_8bit_layerwise": ("galore_torch", "adamw_8bit"),
-    "galore_adafactor_layerwise": ("galore_torch", "adafactor"),
-    "lomo": ("lomo_optim", "sgd"),
-    "adalomo": ("lomo_optim", "adafactor"),
-    "grokadamw": ("grokadamw", "adamw_torch"),
-    "schedule_free_radam": ("schedulefree", "adamw_torch"),
-    "schedule_free_adamw": ("schedulefree", "adamw_torch"),
-    "schedule_free_sgd": ("schedulefree", "sgd"),
-    "apollo_adamw": ("apollo_torch", "adamw_torch"),
-    "apollo_adamw_layerwise": ("apollo_torch", "adamw_torch"),
-    "stable_adamw": ("torch-optimi", "adamw_torch"),
+REFUSED: dict[str, tuple[str, str]] = {
+    "adamw_torch_xla": (
+        "it is torch_xla's, for TPUs and other XLA devices: no CUDA GPU runs it",
+        "adamw_torch_fused",
+    ),
+    "adamw_torch_npu_fused": (
+        "it is torch_npu's, for Ascend NPUs: no CUDA GPU runs it",
+        "adamw_torch_fused",
+    ),
+    "adamw_anyprecision": (
+        "it needs torchdistx, whose release 0.2 (2022) is for torch 1.12 and which PyPI "
+        "does not have",
+        "adamw_torch",
+    ),
+    "galore_adafactor_layerwise": (
+        "transformers 5.17 (_get_galore_optimizer) gives it a learning rate and leaves "
+        'relative_step on, which galore-torch refuses ("Cannot combine manual `lr` and '
+        '`relative_step=True` options")',
+        "galore_adafactor",
+    ),
 }
-"""The rest of transformers' names: the package each needs, and the nearest one modelled."""
+"""The rest of transformers' names: why none of them runs on a CUDA GPU, and the nearest that does.
+"""
 
 
 def find_optimizer(name: str) -> Optimizer:
     """The optimizer that `optim=name` builds.
 
-    Raises UnknownName if transformers has no such name, and IllegalRecipe if it offers it through a
-    package whose memory is not modelled.
+    Raises UnknownName if transformers has no such name, and IllegalRecipe if what it builds does
+    not run on a CUDA GPU.
     """
     found = OPTIMIZERS.get(name)
     if found is not None:
         return found
-    if name in NOT_MODELLED:
-        package, closest = NOT_MODELLED[name]
-        raise IllegalRecipe(
-            f"optimizer {name!r} is offered by transformers through the package {package}; "
-            f"vramplan does not model its memory yet. Closest modelled: {closest!r}"
-        )
+    if name in REFUSED:
+        reason, closest = REFUSED[name]
+        raise IllegalRecipe(f"optimizer {name!r}: {reason}. Use {closest!r}")
     paged = "bitsandbytes pages the states of adamw, ademamix and lion only."
     raise UnknownName(
         "optimizer", name, OPTIMIZERS, hint=paged if name.startswith("paged_") else ""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from vramplan.errors import IllegalRecipe, InvalidValue, UnknownName
+from vramplan.errors import InvalidValue, UnknownName
 from vramplan.recipe.deepspeed import DeepSpeed
 from vramplan.recipe.optimizers import find_optimizer
 from vramplan.recipe.rules import check
@@ -50,7 +50,9 @@ class LoRA:
         if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
             raise InvalidValue("lora.dropout", self.dropout, "a number from 0 to less than 1")
         _check_name("lora.dtype", self.dtype, DTYPES)
-        object.__setattr__(self, "target_modules", _targets(self.target_modules))
+        object.__setattr__(
+            self, "target_modules", _targets(self.target_modules, "lora.target_modules")
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -88,6 +90,11 @@ class Recipe:
     """Recompute each layer in backward (non-reentrant) instead of keeping its activations."""
     optimizer: str = "adamw_torch_fused"
     """transformers' `optim`; the names are in vramplan.recipe.optimizers."""
+    optim_target_modules: str | tuple[str, ...] = ALL_LINEAR
+    """transformers' name, of GaLore and APOLLO alone: whose gradients they project. Parts of module
+    names, or "all-linear"."""
+    optim_rank: int = 128
+    """`rank` in transformers' `optim_args`, of GaLore and APOLLO alone."""
     batch_size: int = 1
     """Trainer's per_device_train_batch_size."""
     seq_len: int = 2048
@@ -97,7 +104,7 @@ class Recipe:
     deepspeed: DeepSpeed | None = None
     """ZeRO settings; None is torch alone. A dict is taken too."""
     world_size: int = 1
-    """GPUs that train together, one process each; more than 1 only with `deepspeed`."""
+    """GPUs that train together, one process each; without `deepspeed`, by torch's DDP."""
     allocator: Allocator = "expandable_segments"
     """PYTORCH_CUDA_ALLOC_CONF: expandable_segments:True, or torch's default."""
 
@@ -121,7 +128,9 @@ class Recipe:
         if not isinstance(self.optimizer, str):
             raise InvalidValue("optimizer", self.optimizer, "a name, such as 'adamw_torch_fused'")
         find_optimizer(self.optimizer)
-        _check_ranks(self)
+        targets = _targets(self.optim_target_modules, "optim_target_modules")
+        object.__setattr__(self, "optim_target_modules", targets)
+        _check_integer("optim_rank", self.optim_rank)
         check(self)
 
     def to_dict(self) -> dict[str, Any]:
@@ -193,18 +202,18 @@ def _lora(value: Any) -> LoRA | None:
     raise InvalidValue("lora", value, "None, or LoRA(rank=…, …)")
 
 
-def _targets(value: object) -> str | tuple[str, ...]:
+def _targets(value: object, thing: str) -> str | tuple[str, ...]:
     hint = 'Name modules, such as ("q_proj", "v_proj"), or say "all-linear".'
     if isinstance(value, str):
         if value.strip().lower().replace("_", "-") == ALL_LINEAR:
             return ALL_LINEAR
         value = (value,)
     if not isinstance(value, (tuple, list, set, frozenset)) or not value:
-        raise InvalidValue("lora.target_modules", value, "'all-linear' or module names", hint)
+        raise InvalidValue(thing, value, "'all-linear' or module names", hint)
     for name in value:
         # peft takes a lone string for a regular expression; a name here is a name.
         if not isinstance(name, str) or not name.replace("_", "a").replace(".", "a").isalnum():
-            raise InvalidValue("lora.target_modules", name, "'all-linear' or module names", hint)
+            raise InvalidValue(thing, name, "'all-linear' or module names", hint)
     return tuple(sorted(set(value)))
 
 
@@ -227,11 +236,3 @@ def _check_flag(thing: str, value: object) -> None:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and type(value) is not bool
-
-
-def _check_ranks(recipe: Recipe) -> None:
-    if recipe.world_size != 1 and recipe.deepspeed is None:
-        raise IllegalRecipe(
-            f"world_size is {recipe.world_size} without deepspeed: torch's data parallelism (DDP) "
-            "is not available yet; set deepspeed, whose stage 0 partitions nothing"
-        )

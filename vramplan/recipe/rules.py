@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from vramplan.errors import IllegalRecipe
-from vramplan.recipe.optimizers import OPTIMIZERS
+from vramplan.recipe.optimizers import LIBRARIES, OPTIMIZERS
 
 if TYPE_CHECKING:
     from vramplan.recipe.recipe import Recipe
@@ -120,16 +120,45 @@ def _sixteen_bits_without_engine(recipe: Recipe) -> str | None:
     )
 
 
-def _quantized_stage_3(recipe: Recipe) -> str | None:
-    # transformers 5.17, quantizers/quantizer_bnb_4bit.py: under stage 3 weights are packed in
-    # bnb_4bit_quant_storage, which has to be the engine's dtype; int8's cannot be partitioned.
-    if recipe.deepspeed is None or recipe.deepspeed.stage != 3 or recipe.quantization is None:
+def _optimizer_elsewhere(recipe: Recipe) -> str | None:
+    # DeepSpeed 0.19.8, runtime/engine.py, _do_optimizer_sanity_check: "untested ZeRO optimizer";
+    # its partitions are flat, where GaLore and APOLLO project matrices.
+    optimizer = OPTIMIZERS[recipe.optimizer]
+    if recipe.deepspeed is None or optimizer.package in LIBRARIES:
         return None
     return (
-        f"quantization {recipe.quantization!r} with deepspeed stage 3: packed weights can't be "
-        "partitioned unless they are stored in the engine's own dtype "
-        "(bnb_4bit_quant_storage), which is not available yet. Use stage 2 or less"
+        f"optimizer {recipe.optimizer!r} with deepspeed: ZeRO has not been tested with "
+        f"{optimizer.package}. Use an optimizer of torch or bitsandbytes, or no deepspeed"
     )
+
+
+def _stepping_in_backward(recipe: Recipe) -> str | None:
+    # transformers 5.17, trainer_optimizer.py, _setup_low_rank_optimizer (layerwise); lomo-optim
+    # 0.1.1, lomo.py: hooks step with a rank's own gradients, before they are averaged; accelerate
+    # 1.15, accelerator.py, backward: under a gradient scaler lomo_backward is never reached, and
+    # Tensor.backward gets its learning_rate.
+    optimizer = OPTIMIZERS[recipe.optimizer]
+    if optimizer.stepping != "in_backward":
+        return None
+    name = f"optimizer {recipe.optimizer!r}"
+    layerwise = optimizer.low_rank is not None
+    if layerwise and recipe.gradient_accumulation_steps > 1:
+        plain = recipe.optimizer.removesuffix("_layerwise")
+        return (
+            f"{name} with gradient_accumulation_steps {recipe.gradient_accumulation_steps}: it "
+            'steps in every backward, and transformers refuses ("does not support gradient '
+            f'accumulation"). Use 1, or optimizer {plain!r}'
+        )
+    if recipe.world_size > 1:
+        said = "transformers refuses that" if layerwise else "each with its own gradients"
+        return f"{name} with world_size {recipe.world_size}: it steps in backward, {said}. Use 1"
+    if not layerwise and recipe.mixed_precision == "fp16":
+        return (
+            f"{name} with mixed_precision 'fp16': accelerate scales the loss and then calls "
+            "backward with LOMO's learning rate, which torch refuses (TypeError). Use "
+            "mixed_precision 'bf16' or 'no'"
+        )
+    return None
 
 
 _RULES: tuple[Callable[[Recipe], str | None], ...] = (
@@ -138,5 +167,6 @@ _RULES: tuple[Callable[[Recipe], str | None], ...] = (
     _flash_attention_in_fp32,
     _bf16_gradients_without_kernel,
     _sixteen_bits_without_engine,
-    _quantized_stage_3,
+    _optimizer_elsewhere,
+    _stepping_in_backward,
 )

@@ -1,0 +1,113 @@
+"""`vramplan fit MODEL`: the cheapest configuration that fits, and what lies next to it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vramplan.cli.asked import Asked, command_about_a_run
+from vramplan.cli.fit_launch import LAUNCH_OPTIONS
+from vramplan.cli.goal_options import GOAL_OPTIONS, goal_of
+
+if TYPE_CHECKING:
+    from vramplan.planner.goal import Goal
+    from vramplan.planner.plan import Plan
+
+
+@command_about_a_run(
+    "fit",
+    *GOAL_OPTIONS,
+    click.option("--which-gpu", is_flag=True, help="The cheapest card of the catalogue instead."),
+    *LAUNCH_OPTIONS,
+    click.option("--save", "path", metavar="FILE", help="Write the plan as JSON."),
+    cards="what is in this machine",
+)
+def command(
+    ctx: click.Context, asked: Asked, *, which_gpu: bool, path: str | None, **goal: Any
+) -> None:
+    """Find the cheapest way to fine-tune MODEL that fits, of all that are legal.
+
+    An option that is given is a decision, and is kept to; what is left open is chosen: method,
+    precision, checkpointing, attention, optimizer, micro-batch, ZeRO stage, offloading, number of
+    cards.
+
+    Exit code: 0 if a plan was found, 1 if nothing fits, 2 if the input is wrong.
+    """
+    from vramplan.cli.fit_launch import check_card, launched, take
+
+    options = take(goal)
+    wanted = goal_of(asked, goal)
+    if which_gpu:
+        ctx.exit(_which(asked, wanted))
+    if goal["launch"]:
+        check_card(asked.card, cpu=options["cpu"])
+    if options["cpu"]:
+        ctx.exit(_tiny(wanted, options))
+    plan = _planned(asked, wanted, options["emulate_gpu"])
+    if path is not None and plan.pick is not None:
+        plan.save(path)
+    click.echo(_json(plan) if asked.as_json else _text(plan))
+    if plan.pick is not None and goal["launch"]:
+        ctx.exit(launched(plan, asked.model, asked.card, options))
+    ctx.exit(1 if plan.pick is None else 0)
+
+
+def _tiny(goal: Goal, options: dict[str, Any]) -> int:
+    """The whole loop on the processor."""
+    from vramplan.cli.fit_launch import TINY, TINY_CARD, launched, tiny_plan
+
+    plan = tiny_plan(goal)
+    click.echo(_text(plan))
+    click.echo(f"\nNow {plan.id} runs on the processor, as if on a {TINY_CARD} card.")
+    return launched(plan, str(TINY), TINY_CARD, {**options, "random_weights": True})
+
+
+def _planned(asked: Asked, goal: Goal, emulated: str | None = None) -> Plan:
+    from vramplan.planner.plan import fit
+
+    card = emulated or asked.card
+    if not asked.offline:
+        return fit(asked.model, card, goal)
+    from dataclasses import replace
+
+    located = asked.located()
+    plan = fit(located.config, card, goal)
+    notes = (located.note,) if located.note else ()
+    return replace(plan, id=located.id, source=asked.model, notes=(*notes, *plan.notes))
+
+
+def _json(plan: Plan) -> str:
+    import json
+
+    return json.dumps(plan.to_dict(), indent=2)
+
+
+def _text(plan: Plan) -> str:
+    from vramplan.cli.terminal import look
+    from vramplan.planner.explain import larger_card, more_cards
+
+    if plan.pick is None:
+        from vramplan.reports.misses import show as show_misses
+
+        return show_misses(plan, look=look())
+    from vramplan.reports.plan import show
+
+    steps = [step for step in (larger_card(plan), more_cards(plan)) if step is not None]
+    return show(plan, steps=steps, look=look())
+
+
+def _which(asked: Asked, goal: Goal) -> int:
+    from vramplan.cli.terminal import look
+    from vramplan.planner.which import which_gpu
+
+    offers = which_gpu(asked.located().config if asked.offline else asked.model, goal, asked.card)
+    if asked.as_json:
+        import json
+
+        click.echo(json.dumps([offer.to_dict() for offer in offers], indent=2))
+    else:
+        from vramplan.reports.which import show
+
+        click.echo(show(asked.model, goal, offers, look=look()))
+    return 0 if offers else 1

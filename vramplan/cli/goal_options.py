@@ -1,0 +1,163 @@
+"""A goal on the command line: its own options, and the recipe's, which are decisions here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vramplan.cli.asked import Asked
+    from vramplan.planner.goal import Goal
+
+GOAL_OPTIONS: tuple[Callable[[Any], Any], ...] = (
+    click.option(
+        "--method", metavar="NAMES", help="Of full,lora,int8,qlora: those to consider. [all]"
+    ),
+    click.option(
+        "--effective-batch", metavar="N", help="Sequences to an optimizer step, all cards. [16]"
+    ),
+    click.option("--tokens", metavar="N", help="To train on: 10M, 2B, ... [10M]"),
+    click.option("--price", metavar="DOLLARS", help="Of a card and hour. [a list price]"),
+    click.option("--objective", metavar="NAME", help="What is to be least: cost or time. [cost]"),
+    click.option(
+        "--allow-8bit-optim", is_flag=True, help="AdamW with 8-bit states may be chosen too."
+    ),
+    click.option("--host-memory", metavar="SIZE", help="For offloading: 128GB, ... [this host's]"),
+)
+_NONE = ("none", "no")
+_COUNTS = ("batch_size", "gradient_accumulation_steps", "world_size")
+_ADAPTED = ("lora", "int8", "qlora")
+
+
+def goal_of(asked: Asked, given: dict[str, Any]) -> Goal:
+    """The goal of the options. Raises UserError."""
+    from vramplan.planner.goal import Goal
+    from vramplan.units import parse_count, parse_size
+
+    pins = _pins_of_file(asked.recipe_file)
+    lora, seq_len = pins.pop("lora", None), pins.pop("seq_len", None)
+    values: dict[str, Any] = {}
+    if seq_len is not None:
+        values["seq_len"] = seq_len
+    chosen = {name: value for name, value in asked.fields.items() if value is not None}
+    if "seq_len" in chosen:
+        values["seq_len"] = parse_count(chosen.pop("seq_len"), thing="seq_len")
+    values["methods"], values["lora"] = _methods(given["method"], lora, chosen)
+    if given["effective_batch"] is not None:
+        values["effective_batch"] = parse_count(given["effective_batch"], thing="effective batch")
+    if given["tokens"] is not None:
+        values["tokens"] = parse_tokens(given["tokens"])
+    if given["price"] is not None:
+        values["price"] = _number(given["price"], "price")
+    if given["objective"] is not None:
+        values["objective"] = given["objective"]
+    if given["host_memory"] is not None:
+        values["host_memory"] = parse_size(given["host_memory"], thing="host memory")
+    pins |= _pins(chosen)
+    return Goal(**values, pins=pins, allow_8bit_optim=given["allow_8bit_optim"])
+
+
+def _pins_of_file(path: str | None) -> dict[str, Any]:
+    """What a recipe file says, and not what it leaves out."""
+    if path is None:
+        return {}
+    from vramplan.recipe.files import read_recipe
+    from vramplan.recipe.recipe import Recipe
+
+    recipe, open_ = read_recipe(path), Recipe()
+    names = Recipe.__slots__
+    return {n: getattr(recipe, n) for n in names if getattr(recipe, n) != getattr(open_, n)}
+
+
+def _methods(named: str | None, lora: Any, chosen: dict[str, Any]) -> tuple[Any, Any]:
+    """(methods, LoRA's decided fields), taken out of `chosen`."""
+    wanted = chosen.pop("lora", None)
+    fields = lora.to_dict() if lora is not None else {}
+    given = {n.removeprefix("lora_"): chosen.pop(n) for n in tuple(chosen) if n[:5] == "lora_"}
+    if "rank" in given:
+        from vramplan.units import parse_count
+
+        given["rank"] = parse_count(given["rank"], thing="lora.rank")
+    if "targets" in given:
+        names = tuple(n for name in given.pop("targets").split(",") if (n := name.strip()))
+        given["target_modules"] = names[0] if len(names) == 1 else names
+    fields |= given
+    methods: tuple[str, ...] | None = None
+    if named is None:
+        if wanted is not None or lora is not None:
+            methods = ("full",) if wanted is False else _ADAPTED
+    else:
+        methods = tuple(n for name in named.split(",") if (n := name.strip().lower()))
+    if wanted is False and (given or (named is not None and methods != ("full",))):
+        from vramplan.planner.goal import contradiction
+
+        other = "options of LoRA" if given else f"--method {named}"
+        raise contradiction("--no-lora", other)
+    if wanted and methods == ("full",):
+        from vramplan.planner.goal import contradiction
+
+        raise contradiction("--lora", f"--method {named}")
+    return methods, fields or None
+
+
+def _pins(chosen: dict[str, Any]) -> dict[str, Any]:
+    """Options of the recipe as pins."""
+    from vramplan.units import parse_count
+
+    pins: dict[str, Any] = {}
+    for name, value in chosen.items():
+        if name == "deepspeed":
+            pins |= _pins_of_ds_config(value)
+        elif name in _COUNTS:
+            pins[name] = parse_count(value, thing=name)
+        elif name == "zero":
+            pins[name] = None if value.lower() in _NONE else _stage(value)
+        elif name in ("quantization", "offload_optimizer", "offload_param"):
+            pins[name] = None if value.lower() in _NONE else value
+        else:
+            pins[name] = value
+    return pins
+
+
+def _stage(text: str) -> Any:
+    return int(text) if text.isdigit() else text
+
+
+def _pins_of_ds_config(path: str) -> dict[str, Any]:
+    """What a ds_config.json decides."""
+    from vramplan.cli.recipe_options import recipe_of
+    from vramplan.recipe.recipe import Recipe
+
+    recipe, open_ = recipe_of(None, {"deepspeed": path}), Recipe()
+    decided = {n: getattr(recipe, n) for n in Recipe.__slots__}
+    return {n: v for n, v in decided.items() if v != getattr(open_, n)}
+
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
+
+
+def parse_tokens(text: str) -> int:
+    """A number of tokens: "10M", "1.5B", "300k", "1e9". Decimal, as corpora are counted."""
+    from vramplan.errors import InvalidValue
+
+    cleaned = text.strip().lower().replace("_", "").replace(",", "")
+    unit = cleaned[-1:] if cleaned[-1:] in _UNITS else ""
+    try:
+        count = float(cleaned.removesuffix(unit)) * _UNITS[unit]
+        if count >= 1 and count == int(count):
+            return int(count)
+    except (ValueError, OverflowError):
+        pass
+    raise InvalidValue("tokens", text, "a number of at least 1, such as 500000, 10M or 2B")
+
+
+def _number(text: str, thing: str) -> float:
+    from vramplan.errors import InvalidValue
+
+    try:
+        return float(text)
+    except ValueError:
+        raise InvalidValue(thing, text, "a number, such as 1.99") from None
