@@ -15,7 +15,7 @@ from measured import FOLDER, recipe_of, runs  # noqa: E402
 
 from vramplan.memory.estimate import estimate  # noqa: E402
 
-FILES = ("single_gpu", "families_gpu", "attention_gpu")
+FILES = ("single_gpu", "families_gpu", "optimizers_gpu", "attention_gpu")
 ALL = [run for name in FILES for run in runs(name)]
 
 WORST = 0.03

@@ -125,6 +125,8 @@ def _flag(name: str, value: object) -> tuple[str, ...]:
         return (f"--{option}" if value else f"--no-{option}",)
     if isinstance(value, float):
         return f"--{option}", f"{value:g}"
+    if isinstance(value, tuple):
+        return f"--{option}", ",".join(value)
     return f"--{option}", "none" if value is None else str(value)
 
 
@@ -190,7 +192,7 @@ def _optimizers(recipe: Recipe) -> Iterator[_Option]:
     """Lighter ones of the same algorithm."""
     now = OPTIMIZERS[recipe.optimizer]
     eight_bit, paged = _LIGHTER.get(now.algorithm, (None, None))
-    if eight_bit is not None and now.bits != 8:
+    if eight_bit is not None and now.bits not in (4, 8):
         yield _Option("8-bit optimizer", {"optimizer": eight_bit})
     if paged is not None and not (now.paged and now.bits == 8):
         yield _Option("paged 8-bit optimizer", {"optimizer": paged})

@@ -102,8 +102,10 @@ class Attention(Activations):
         rows, dtype = Size(heads, 1, 1), lowered[0].dtype
         facts = [(x.size, x.strided) for x in lowered]
         by_products: list[Value] = []
+        figures = (heads, facts[0][0].numel // heads, value_dim, dtype, mask is None)
 
         def compute() -> Value:
+            self.works("attention", "fused", "forward", *figures)
             out = self.new(rows.times(value_dim), dtype)
             out.strided = facts[0][1]
             by_products.append(self.new(rows, "fp32"))
@@ -111,6 +113,7 @@ class Attention(Activations):
             return out
 
         def backward(grad: Value) -> tuple[Value, ...]:
+            self.works("attention", "fused", "backward", *figures)
             work = [self.new(rows, "fp32"), self.new(rows.times(width), "fp32")]
             grads = tuple(self.new(size, dtype) for size, _ in facts)
             if copies:
@@ -144,8 +147,10 @@ class Attention(Activations):
         dim = q.size.numel // heads
         half = dtype != "fp32"
         by_product: list[Value] = []
+        figures = (heads, dim, value_dim, dtype, mask is None)
 
         def compute() -> Value:
+            self.works("attention", "efficient", "forward", *figures)
             out = self.new(rows.times(value_dim), dtype)
             out.strided = True
             by_product.append(self.new(rows, "fp32"))
@@ -155,6 +160,7 @@ class Attention(Activations):
             return out
 
         def backward(grad: Value) -> tuple[Value, ...]:
+            self.works("attention", "efficient", "backward", *figures)
             tile = 64 if dim <= 64 or (half and dim > 128) else 128
             wide = rows.times(_round_up(dim, tile) + (0 if half else 1))
             work = [self.new(rows, "fp32")]

@@ -155,6 +155,10 @@ def estimate(
     part = None
     if recipe.deepspeed is None:
         run = parts(arch, policy, recipe.optimizer, recipe.allocator)
+        if recipe.world_size > 1:
+            from vramplan.memory.ddp import replica, replicated
+
+            run = replicated(run, replica(arch, policy, recipe.allocator))
         workspace = allocator.workspaces(capability, run.program.epilogues)
         timeline = run_timeline(run, batch, seq, steps, workspace)
     else:
@@ -209,15 +213,19 @@ def _breakdown(e: Estimate) -> dict[str, int]:
         from vramplan.memory.zero_timeline import zero_breakdown
 
         batch, seq = recipe.batch_size, recipe.seq_len
-        out.update(zero_breakdown(e.sharded, timeline, e.workspace, batch, seq))
+        stage = recipe.deepspeed.stage if recipe.deepspeed is not None else 0
+        out.update(zero_breakdown(e.sharded, timeline, e.workspace, batch, seq, stage))
         left = "activation" if phase in ("forward", "backward") else "temporary"
         out[left] += e.peak_allocated - sum(out.values())
         return out
     if phase in ("load", "prepare"):
-        out["parameter"] = getattr(timeline, phase).end
-        out["temporary"] = e.peak_allocated - out["parameter"]
+        buckets = e.parts.buckets if phase == "prepare" else 0
+        out["parameter"] = getattr(timeline, phase).end - buckets
+        out["buffer"] = buckets
+        out["temporary"] = e.peak_allocated - out["parameter"] - buckets
         return out
     out["parameter"] = e.parts.layout.weights
+    out["buffer"] = e.parts.buckets
     out["optimizer"] = e.parts.stepping.states
     out["workspace"] = e.workspace
     out["gradient"] = timeline.held_gradients

@@ -151,6 +151,7 @@ class Experts(Latent):
         whole, dtype, rows = x.size, x.dtype, index.size
 
         def backward(grad: Value) -> Value:
+            self.works("scatter", size)
             out = self.new(whole, dtype)
             work = [self.new(rows, "int64") for _ in range(SORT_ARRAYS)]
             del work
@@ -173,7 +174,17 @@ class Experts(Latent):
         need, dtype = (x.requires_grad, weight.requires_grad), x.dtype
         sizes = (x.size, weight.size)
 
+        figures = (x.size.per(n_in), n_in, n_out, dtype)
+        count = weight.size.numel // (n_in * n_out)
+
+        def compute() -> Value:
+            self.works("grouped product", *figures, "forward", count)
+            return self.new(size, dtype)
+
         def backward(grad: Value) -> tuple[Value | None, ...]:
+            for needed, of in zip(need, ("input", "weight"), strict=True):
+                if needed:
+                    self.works("grouped product", *figures, of, count)
             for_weight = self.new(sizes[1], dtype) if need[1] else None
             for_x = self.new(sizes[0], dtype) if need[0] else None
             return for_x, for_weight
@@ -182,7 +193,7 @@ class Experts(Latent):
             return weight if need[0] else None, offsets, x if need[1] else None
 
         size = x.size.per(n_in).times(n_out)
-        return self.record((x, weight), saved, lambda: self.new(size, dtype), backward)
+        return self.record((x, weight), saved, compute, backward)
 
     def mix(self, x: Value, active: int) -> Value:
         """view(tokens, top-k, hidden).sum(dim=1): backward makes the rows again, densely."""
@@ -249,13 +260,19 @@ class Experts(Latent):
         sizes, dtype = (weight.size, up.size, down.size), weight.dtype
         trains = weight.requires_grad
 
+        shape = stack.shapes[part]
+        rank = up.size.numel // (shape[0] * shape[1])
+
         def compute() -> Value:
+            self.works("folded product", *shape, rank, dtype)
             out = self.new(sizes[0], dtype)
             work = self.new(sizes[1], dtype)
             del work
             return out
 
         def backward(grad: Value) -> tuple[Value | None, ...]:
+            for _ in range(2):
+                self.works("folded product", *shape, rank, dtype)
             product = self.new(sizes[1], dtype)
             for_up = self.new(sizes[1], dtype)
             del product

@@ -24,11 +24,15 @@ class FusedHeads(Attention):
         return self.behind(self.slice(x, 1, 3))
 
     def index(self, x: Value, numerator: int, denominator: int) -> Value:
-        """x[..., [i], :]: a copy; index_backward puts the gradient into zeros of all."""
+        """x[..., [i], :]: a copy; saves [i]; index_backward puts the gradient into zeros of all."""
         size, dtype = x.size, x.dtype
         part = size.times(numerator).per(denominator)
+        index = self.constant(Size(1), "int64")
         return self.record(
-            (x,), lambda: (), lambda: self.new(part, dtype), lambda grad: self.new(size, dtype)
+            (x,),
+            lambda: (index,),
+            lambda: self.new(part, dtype),
+            lambda grad: self.new(size, dtype),
         )
 
     def flat_expand(self, x: Value, times: int) -> Value:
@@ -36,9 +40,13 @@ class FusedHeads(Attention):
         return self.behind(self.expand(x, times))
 
     def broadcast(self, x: Value, times: int) -> Value:
-        """matmul's expansion of one head to all: a copy if heads and batch are merged."""
+        """matmul's expansion of one head to all: a copy if heads and batch are merged.
+
+        Autocast casts what matmul is given, before it is expanded.
+        """
         if times == 1:
             return x
+        x = self.lower(x)
         if not self.policy.single_sequence:
             return self.expand(x, times)
         size, full, dtype = x.size, x.size.times(times), x.dtype
@@ -81,9 +89,16 @@ class FusedHeads(Attention):
 
         need = [(x.size, x.requires_grad) for x in inputs]
 
+        sizes = (a.size, b.size)
+
+        def compute() -> Value:
+            self.works("batched product", sizes, size, dtype)
+            return self.new(size, dtype)
+
         def scaled(size: Size, needed: bool) -> Value | None:
             if not needed:
                 return None
+            self.works("batched product", sizes, Size(heads, 1, 2), dtype)
             product = self.new(size, dtype)
             out = self.new(size, dtype)
             del product
@@ -93,7 +108,7 @@ class FusedHeads(Attention):
         return self.record(
             inputs,
             saved,
-            lambda: self.new(size, dtype),
+            compute,
             lambda grad: tuple(scaled(*part) for part in need),
         )
 

@@ -152,12 +152,16 @@ class Graph(FusedHeads):
             return [*work, self.new(weights, target)]
 
         def compute() -> Value:
+            self.works("dequantize", n_in * n_out, dtype)
+            self.works("product", size.per(n_in), n_in, n_out, dtype, "forward")
             work = dequantized(dtype)
             out = self.new(size.per(n_in).times(n_out), dtype)
             del work
             return out
 
         def backward(grad: Value) -> tuple[Value | None, ...]:
+            self.works("dequantize", n_in * n_out, self.policy.dtype)
+            self.works("product", size.per(n_in), n_in, n_out, grad.dtype, "input")
             work = dequantized(self.policy.dtype)
             if grad.dtype != self.policy.dtype:
                 work.append(self.new(Size(n_in * n_out), grad.dtype))
@@ -171,10 +175,11 @@ class Graph(FusedHeads):
     def linear_int8(self, x: Value, n_in: int, n_out: int, bias: Value | None) -> Value:
         """bitsandbytes MatMul8bitLt: keeps its input on ctx, out of checkpointing's reach."""
         size, dtype = x.size, x.dtype
-        rows = size.per(n_in)
+        rows, tail = size.per(n_in), x.tail
         kept: list[Storage | None] = [x.storage]
 
         def compute() -> Value:
+            self.works("int8", rows, n_in, n_out, dtype, "forward", tail)
             half = self.new(size, "fp16") if dtype != "fp16" else None
             quantized, scales = self.new(size, "int8"), self.new(rows, "fp32")
             absolute = self.new(size, "fp16")
@@ -203,6 +208,7 @@ class Graph(FusedHeads):
             return out
 
         def backward(grad: Value) -> tuple[Value | None, ...]:
+            self.works("int8", rows, n_in, n_out, dtype, "input", tail)
             weight = self.new(Size(n_in * n_out), dtype)
             cast = self.new(grad.size, dtype) if grad.dtype != dtype else None
             out = self.new(size, dtype)
@@ -321,10 +327,15 @@ class Graph(FusedHeads):
         weight = self.parameter(f"{name}.weight", rows, width)
         out = indices.size.times(width) if indices is not None else Size(width, 1, 1)
         dtype = weight.dtype
+
+        def compute() -> Value:
+            self.works("moves", out, 2 * ITEMSIZE[dtype])
+            return self.new(out, dtype)
+
         return self.record(
             (weight,),
             lambda: (indices,),
-            lambda: self.new(out, dtype),
+            compute,
             lambda grad: self.new(Size(rows * width), dtype),
         )
 
@@ -350,22 +361,34 @@ class Graph(FusedHeads):
         logits = self.float(logits)
         tokens = logits.size.per(vocabulary)
         labels = self.constant(tokens, "int64")
-        shifted = self.constant(tokens, "int64")
-        del labels
-        return self.cross_entropy(logits, shifted)
+        last = self.constant(Size(1), "int64")  # a label more, which says nothing
+        if not self.policy.single_sequence:
+            labels = self.constant(tokens, "int64")  # [..., 1:].contiguous() copies several rows
+            last = None
+        return self.cross_entropy(logits, labels, last)
 
-    def cross_entropy(self, logits: Value, labels: Value) -> Value:
+    def cross_entropy(self, logits: Value, labels: Value, more: Value | None = None) -> Value:
+        """log_softmax, then nll_loss: it saves the labels, and the sum of their weights."""
         size = logits.size
-        log_probabilities = self.record(
-            (logits,),
-            lambda: (),
-            lambda: self.new(size, "fp32"),
-            lambda grad: self.new(size, "fp32"),
-        )
+
+        def row_by_row(*_: Value) -> Value:
+            # forward: the maximum, the sum, the result; backward: the sum, then the result
+            self.works("moves", size, 4 * ITEMSIZE["fp32"])
+            return self.new(size, "fp32")
+
+        log_probabilities = self.record((logits,), lambda: (), row_by_row, row_by_row)
         self.save_output(log_probabilities)
-        return self.record(
-            (log_probabilities,),
-            lambda: (log_probabilities, labels),
-            lambda: self.new(Size(1), "fp32"),
-            lambda grad: self.new(size, "fp32"),
-        )
+
+        def pick() -> Value:
+            self.works("moves", Size(1), ITEMSIZE["fp32"])
+            return self.new(Size(1), "fp32")
+
+        def backward(grad: Value) -> Value:
+            self.works("moves", size, ITEMSIZE["fp32"])
+            return self.new(size, "fp32")
+
+        saved = lambda: (log_probabilities, labels, more)  # noqa: E731
+        out = self.record((log_probabilities,), saved, pick, backward)
+        if out.node is not None:
+            out.node.saved = [*out.node.saved, *self.pack([self.new(Size(1), "fp32").storage])]
+        return out

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from vramplan.memory.ranks import Flat, Weight, owned_of, partition, sub_groups
+from vramplan.memory.ranks import Flat, Weight, partition, sub_groups
 from vramplan.recipe.deepspeed import DeepSpeed
 
 FP32 = 4
@@ -43,18 +43,22 @@ def host_of(
     zero: DeepSpeed,
     weights: Sequence[Weight],
     flat: Flat,
-    ranks: tuple[int, int],
+    ranks: int,
     width: int,
     accumulation: int,
+    owned: Sequence[int],
 ) -> Host:
-    """The host memory of rank `ranks[0]` of `ranks[1]`. `width`: bytes of the engine's weights."""
+    """The host memory of a rank. `width`: bytes of an element of the engine's weights; `owned`:
+    bytes of the parameters of which the rank owns a part."""
     if zero.stage < 3:
         quantized = any(w.packed and w.role != "buffer" for w in weights)  # loaded on the GPU
         loading = sum(w.nbytes for w in weights if w.role != "adapter" and not w.packed)
         loading = 0 if quantized else loading
-        locked, loose = _stages_1_and_2(zero, weights, flat, ranks[0], width, accumulation)
+        locked, loose = _stages_1_and_2(zero, flat, width)
+        if locked and accumulation > 1 and zero.stage == 2:  # async_accumulate_grad_in_cpu_via_gpu
+            locked += owned
         return _host(zero, locked, loose, 0, loading)
-    groups = sub_groups(weights, ranks[1], zero.sub_group_size)
+    groups = sub_groups(weights, ranks, zero.sub_group_size)
     locked, loose, files = [], 0, 0
     if zero.offload_optimizer is not None:
         locked.append(sum(groups) * width)  # grad_partitions_flat_buffer
@@ -65,7 +69,7 @@ def host_of(
         files += sum(groups) * FP32 * (2 + ADAM)  # masters, gradients and states
         locked += [max(groups) * FP32] * OPTIMIZER_BUFFERS
     frozen = [
-        partition(w.numel, ranks[1]) * w.itemsize for w in weights if not (w.trains or w.packed)
+        partition(w.numel, ranks) * w.itemsize for w in weights if not (w.trains or w.packed)
     ]
     if zero.offload_param == "cpu":
         locked += [sum(groups) * width, *frozen]
@@ -80,19 +84,12 @@ def host_of(
 
 
 def _stages_1_and_2(
-    zero: DeepSpeed,
-    weights: Sequence[Weight],
-    flat: Flat,
-    rank: int,
-    width: int,
-    accumulation: int,
+    zero: DeepSpeed, flat: Flat, width: int
 ) -> tuple[list[int], int]:
     if zero.offload_optimizer is None:
         return [], 0
     # masters, weights on their way back, gradients in fp32, the largest gradient
     locked = [flat.part * FP32, flat.part * width, flat.part * FP32, flat.largest * width]
-    if accumulation > 1:
-        locked += [w.nbytes for w, owned in owned_of(weights, flat.part, rank) if owned]
     return locked, flat.part * FP32 * ADAM
 
 

@@ -260,6 +260,7 @@ class Elementwise(Tape):
         mask: list[Value] = []
 
         def compute() -> Value:
+            self.works("one kernel", 0.8)
             out = self.new(size, dtype)
             mask.append(self.new(size, "bool"))
             return out
@@ -288,13 +289,19 @@ class Ops(Elementwise):
         a, b = self.lower(a), self.lower(b)
         sizes, need, dtype = (a.size, b.size), (a.requires_grad, b.requires_grad), a.dtype
 
+        def compute() -> Value:
+            self.works("batched product", sizes, out, dtype)
+            return self.new(out, dtype)
+
         def backward(grad: Value) -> tuple[Value | None, ...]:
+            for _ in range(sum(need)):
+                self.works("batched product", sizes, out, dtype)
             return tuple(
                 self.new(s, dtype) if n else None for s, n in zip(sizes, need, strict=True)
             )
 
         saved = lambda: (b if need[0] else None, a if need[1] else None)  # noqa: E731
-        return self.record((a, b), saved, lambda: self.new(out, dtype), backward)
+        return self.record((a, b), saved, compute, backward)
 
     def dense(self, x: Value, weight: Value, bias: Value | None, n_in: int, n_out: int) -> Value:
         """linear (mm / addmm on a 2-D view): x saved for the weight, the weight saved for x.
@@ -309,9 +316,17 @@ class Ops(Elementwise):
         need = tuple(v.requires_grad for v in inputs)
         sizes = (x.size, weight.size)
         dtype = x.dtype
-        size = x.size.per(n_in).times(n_out)
+        rows = x.size.per(n_in)
+        size = rows.times(n_out)
+
+        def compute() -> Value:
+            self.works("product", rows, n_in, n_out, dtype, "forward")
+            return self.new(size, dtype)
 
         def backward(grad: Value) -> tuple[Value | None, ...]:
+            for needed, of in zip(need, ("input", "weight"), strict=False):
+                if needed:
+                    self.works("product", rows, n_in, n_out, dtype, of)
             grads = [
                 self.new(s, dtype) if n else None for s, n in zip(sizes, need[:2], strict=True)
             ]
@@ -321,7 +336,7 @@ class Ops(Elementwise):
             return *grads, *(grad if n else None for n in need[2:])
 
         saved = lambda: (weight if need[0] else None, x if need[1] else None)  # noqa: E731
-        return self.record(inputs, saved, lambda: self.new(size, dtype), backward)
+        return self.record(inputs, saved, compute, backward)
 
     def layer_norm(self, x: Value, weight: Value | None, bias: Value | None, width: int) -> Value:
         """native_layer_norm: saves inputs, mean and rstd (fp32); on autocast's fp32 list."""
@@ -332,6 +347,7 @@ class Ops(Elementwise):
         statistics: list[Value] = []
 
         def compute() -> Value:
+            self.works("one kernel", 1.0)
             out = self.new(x.size, x.dtype)
             statistics.extend((self.new(rows, "fp32"), self.new(rows, "fp32")))
             return out

@@ -1,30 +1,34 @@
-"""Optimizer states and what a step needs while it runs.
+"""What an optimizer costs: states, what a step needs while it runs, and what it lets go.
 
-Sources: torch.optim of torch 2.11-2.13 (`_multi_tensor_*`, `_fused_*`); transformers 5.17
-optimization.py (Adafactor.step); bitsandbytes 0.50 optim/optimizer.py and optim/ademamix.py
-(init_state, get_state_buffer).
+Sources: torch.optim of torch 2.11-2.13 (`_multi_tensor_*`, `_fused_*`), and those of
+optimizer_states.py and optimizer_steps.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from vramplan.errors import IllegalRecipe, UnknownName
 from vramplan.memory.allocator import rounded
-from vramplan.memory.reduction import buffer_bytes
+from vramplan.memory.optimizer_states import optimizer_tables, state_tensors
+from vramplan.memory.optimizer_steps import FP32, STEPS, LowRank, in_order, most
+from vramplan.memory.precision import Projection
 from vramplan.memory.states import Layout, Trained
-from vramplan.recipe.optimizers import (
-    BNB_BLOCK_ELEMENTS,
-    BNB_CODE_TABLE_ELEMENTS,
-    BNB_MIN_8BIT_ELEMENTS,
-    BNB_MIN_PAGED_ELEMENTS,
-    Optimizer,
-)
+from vramplan.recipe.optimizers import Optimizer
 
-FP32 = 4
 # Temporaries as large as all parameters that a foreach step makes besides updating in place.
 # adam.py: exp_avg_sq_sqrt; rmsprop.py: avg; adagrad.py: std and numerator; sgd.py: none.
-FOREACH_TEMPORARIES = {"adamw": 1, "rmsprop": 1, "adagrad": 2, "sgd": 0}
+# schedulefree 1.4.1: denom, of RAdam from the sixth step on.
+FOREACH_TEMPORARIES = {
+    "adamw": 1,
+    "rmsprop": 1,
+    "adagrad": 2,
+    "sgd": 0,
+    "schedule_free_adamw": 1,
+    "schedule_free_radam": 1,
+    "schedule_free_sgd": 0,
+}
 
 
 class Stepping(NamedTuple):
@@ -38,83 +42,127 @@ class Stepping(NamedTuple):
     """While a step runs, beyond weights, gradients and states."""
     largest: int = 0
     """The largest single temporary of a step that goes parameter by parameter."""
+    host: int = 0
+    """States in host memory."""
+    released: int = 0
+    """Gradients that are let go before the step ends."""
+    in_backward: bool = False
+    """Backward steps, and leaves no gradients."""
 
 
-def stepping(optimizer: Optimizer, layout: Layout, allocator: str) -> Stepping:
-    """What `optimizer` costs for the trained parameters of `layout`."""
+def stepping(
+    optimizer: Optimizer,
+    layout: Layout,
+    allocator: str,
+    projection: Projection | None = None,
+    frozen: Sequence[Trained] = (),
+) -> Stepping:
+    """What `optimizer` costs for the trained parameters of `layout`.
+
+    `projection`: of an optimizer that has one; `frozen`: the parameters that are not trained.
+    Raises UnknownName if targets name no linear, and IllegalRecipe for parameters that the
+    optimizer can't step.
+    """
+    if optimizer.algorithm == "adalomo":
+        _check_dimensions(layout.trained)
+    lows = projections(layout.trained, projection)
     states = managed = 0
-    for t in layout.trained:
-        for nbytes, paged in state_tensors(optimizer, t):
+    for t, tensors in states_of(optimizer, layout, projection, frozen):
+        for nbytes, paged in tensors:
             if paged:
                 managed += t.count * nbytes
             else:
                 states += t.count * rounded(nbytes, allocator)
-    if optimizer.package == "bitsandbytes" and optimizer.bits == 8:
-        states += optimizer_tables(optimizer)
+    in_backward = optimizer.stepping == "in_backward"
     largest = max((t.numel for t in layout.trained), default=0) * FP32
     return Stepping(
-        states,
-        managed,
-        _transient(optimizer, layout, allocator),
-        rounded(largest, allocator) if optimizer.factored else 0,
+        states=states + optimizer_tables(optimizer),
+        managed=managed,
+        transient=0 if in_backward else _transient(optimizer, layout, allocator, lows),
+        largest=rounded(largest, allocator) if optimizer.factored else 0,
+        host=_on_host(optimizer, layout),
+        released=0 if in_backward else _released(optimizer, allocator, lows),
+        in_backward=in_backward,
     )
 
 
-def optimizer_tables(optimizer: Optimizer) -> int:
-    """The code tables that all 8-bit states share: one for signed, one for unsigned values."""
-    tables = 1 if optimizer.states == 1 else 2
-    return tables * rounded(BNB_CODE_TABLE_ELEMENTS * FP32)
+def projections(
+    trained: Sequence[Trained], projection: Projection | None
+) -> dict[Trained, LowRank]:
+    """The parameters whose gradients are projected.
+
+    transformers 5.17, _setup_low_rank_optimizer: weights of nn.Linear that the targets name.
+    Raises UnknownName if there are none.
+    """
+    if projection is None:
+        return {}
+    found = {}
+    for t in trained:
+        if t.linear and projection.names(t.module):
+            rows, columns = t.shape
+            rank = projection.rank
+            if projection.kind == "svd":
+                rank = min(rank, rows, columns)
+            found[t] = LowRank(rows, columns, rank)
+    if not found:
+        linear = {t.module.rpartition(".")[2] for t in trained if t.linear}
+        raise UnknownName("optim_target_modules", projection.targets, sorted(linear))
+    return found
 
 
-def state_tensors(optimizer: Optimizer, t: Trained) -> Iterator[tuple[int, bool]]:
-    """(bytes, whether paged) of every state tensor of one parameter."""
-    if optimizer.factored and len(t.shape) > 1:
-        yield t.numel // t.shape[-1] * FP32, False
-        yield t.numel // t.shape[-2] * FP32, False
-        return
-    if optimizer.package == "bitsandbytes":
-        yield from _bitsandbytes_states(optimizer, t)
-        return
-    itemsize = FP32 if optimizer.bits == 32 else t.itemsize
-    for _ in range(optimizer.states):
-        yield t.numel * itemsize, False
-    if optimizer.step_on_gpu:
-        yield FP32, False
+def _check_dimensions(trained: Sequence[Trained]) -> None:
+    # lomo-optim 0.1.1, adalomo.py: exp_avg_sq_row has shape[0] elements, the means to be added
+    # have shape[:-1].
+    for t in trained:
+        if len(t.shape) > 2:
+            raise IllegalRecipe(
+                f"optimizer 'adalomo' with {t.name}: it steps vectors and matrices only, and this "
+                f"one has {len(t.shape)} dimensions. Use 'lomo' or 'adafactor'"
+            )
 
 
-def _bitsandbytes_states(optimizer: Optimizer, t: Trained) -> Iterator[tuple[int, bool]]:
-    small = t.numel < BNB_MIN_8BIT_ELEMENTS
-    eight = optimizer.bits == 8 and not small and not t.embedding
-    buffers = (2, 1) if optimizer.algorithm == "ademamix" else (1,) * optimizer.states
-    for width in buffers:
-        numel = width * t.numel
-        paged = optimizer.paged and t.numel >= BNB_MIN_PAGED_ELEMENTS
-        yield numel * (1 if eight else FP32), paged
-        if eight:
-            yield width * -(-t.numel // BNB_BLOCK_ELEMENTS) * FP32, False
+def states_of(
+    optimizer: Optimizer, layout: Layout, projection: Projection | None, frozen: Sequence[Trained]
+) -> Iterator[tuple[Trained, list[tuple[int, bool]]]]:
+    """(bytes, whether paged) of the states of every parameter that has some."""
+    lows = projections(layout.trained, projection)
+    for t in (*layout.trained, *(frozen if optimizer.states_of_frozen else ())):
+        yield t, list(state_tensors(optimizer, t, lows.get(t)))
 
 
-def _transient(optimizer: Optimizer, layout: Layout, allocator: str) -> int:
-    if optimizer.factored:
-        return _adafactor(layout, allocator)
+def _on_host(optimizer: Optimizer, layout: Layout) -> int:
+    if not optimizer.on_host:
+        return 0
+    return optimizer.states * sum(t.count * t.numel * t.itemsize for t in layout.trained)
+
+
+def _released(optimizer: Optimizer, allocator: str, lows: dict[Trained, LowRank]) -> int:
+    """GaLore's 8-bit AdamW leaves projected gradients behind."""
+    if optimizer.package != "galore_torch" or optimizer.bits != 8:
+        return 0
+    return sum(
+        t.count
+        * (rounded(t.numel * t.itemsize, allocator) - rounded(low.numel * t.itemsize, allocator))
+        for t, low in lows.items()
+    )
+
+
+def _transient(
+    optimizer: Optimizer, layout: Layout, allocator: str, lows: dict[Trained, LowRank]
+) -> int:
+    step = STEPS.get(optimizer.name)
+    if step is not None:
+        order = [(t, lows.get(t)) for t in _order(layout.trained, lows)]
+        return most(step, order, allocator)
     if optimizer.stepping != "foreach":
         return 0
     return FOREACH_TEMPORARIES[optimizer.algorithm] * layout.gradients
 
 
-def _adafactor(layout: Layout, allocator: str) -> int:
-    """Adafactor.step: per parameter fp32 copies of gradient and weight (if 16-bit), and `update`.
+def _order(trained: Sequence[Trained], lows: dict[Trained, LowRank]) -> list[Trained]:
+    """The optimizer's groups: projected parameters last, else those without weight decay.
 
-    `(grad**2) + eps` makes two tensors while the previous parameter's `update` is still bound.
+    Trainer.create_optimizer puts biases and norms into a second group.
     """
-    peak = previous = 0
-    for t in layout.trained:
-        if len(t.shape) < 2:
-            continue  # biases and norms come last: Trainer puts them in a group of their own
-        size = rounded(t.numel * FP32, allocator)
-        copies = 2 * size if t.itemsize < FP32 else 0
-        columns = t.shape[-1]
-        mean = buffer_bytes(columns, t.numel // columns)  # update.mean(dim=-2)
-        peak = max(peak, copies + previous + 2 * size, copies + size + mean)
-        previous = size
-    return peak
+    later = [t for t in trained if (t in lows if lows else len(t.shape) < 2)]
+    return in_order([t for t in trained if t not in later]) + in_order(later)

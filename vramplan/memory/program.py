@@ -143,7 +143,11 @@ def powers_of(batch: int, seq: int) -> tuple[int, ...]:
 @lru_cache(maxsize=1024)
 def compile_step(arch: Architecture, policy: Policy) -> Program:
     """Record one micro-batch of `arch` under `policy` and reduce it."""
-    return reduce_recording(record_step(arch, policy))
+    if policy.in_backward is None:
+        return reduce_recording(record_step(arch, policy))
+    from vramplan.memory.stepping_tape import record_stepping
+
+    return reduce_recording(record_stepping(arch, policy))
 
 
 def reduce_recording(recording: Recording) -> Program:

@@ -12,12 +12,19 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
+from vramplan.memory.allocator import rounded
 from vramplan.memory.precision import Policy
 from vramplan.memory.states import adapters_of, is_quantized, loaded_bytes
 from vramplan.memory.values import ITEMSIZE
 from vramplan.models.architecture import Architecture
 from vramplan.models.tensors import Tensor, inventory
 
+OUTER = (
+    *("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn", "in_proj"),
+    *("q_a_proj", "kv_a_proj_with_mqa", "Wqkv"),
+)
+NO_DECAY = ("norm", "bias")
+PACKED = "packed"
 ALIGNMENT = 2  # nccl_start_alignment_factor: 4 bytes of 16-bit elements
 
 
@@ -31,6 +38,8 @@ class Weight(NamedTuple):
     role: str
     packed: int = 0
     """Bytes as loaded, of a quantized weight or a buffer: neither is cast nor partitioned."""
+    outer: bool = False
+    """Its linear takes the layer's own (normed) input: queries, keys and values."""
 
     @property
     def nbytes(self) -> int:
@@ -58,7 +67,8 @@ def _weights(tensor: Tensor, policy: Policy, allocator: str, layer: int) -> Iter
     packed = 0
     if tensor.role == "buffer" or is_quantized(tensor, policy):
         packed = loaded_bytes(tensor, policy, allocator)
-    yield Weight(tensor.numel, width, layer, trains, tensor.role, packed)
+    module = tensor.name.removesuffix(".weight").rpartition(".")[2]
+    yield Weight(tensor.numel, width, layer, trains, tensor.role, packed, module in OUTER)
     for adapter in adapters_of((tensor,), policy):
         yield Weight(adapter.numel, adapter.itemsize, layer, True, "adapter")
 
@@ -78,30 +88,71 @@ class Flat(NamedTuple):
     """The layer behind which no parameter is owned; -1: none of a layer is."""
 
 
-def flat_of(weights: Sequence[Weight], ranks: int, rank: int = 0) -> Flat:
-    """A rank's partition. The first rank's gradients come last in backward."""
-    count = sum(w.numel for w in weights if w.trains)
-    step = ALIGNMENT * ranks
-    total = -(-count // step) * step
-    part = total // ranks
-    mine = [(w, n) for w, n in owned_of(weights, part, rank) if n]
+def groups_of(weights: Sequence[Weight], apart: bool) -> list[list[Weight]]:
+    """The optimizer's groups of trained parameters; `apart`: Trainer's, which exempt norms and
+    biases from weight decay (transformers 5.17, trainer.py, get_decay_parameter_names)."""
+    trained = [w for w in weights if w.trains]
+    if not apart:
+        return [trained]
+    found = [[w for w in trained if (w.role in NO_DECAY) is small] for small in (False, True)]
+    return [group for group in found if group]
+
+
+def flat_of(groups: Sequence[Sequence[Weight]], ranks: int, rank: int = 0, unit: int = 1) -> Flat:
+    """A rank's partitions, one of each group. The first rank's gradients come last in backward.
+
+    `unit`: with parameter_alignment each parameter but the last is padded to so many elements.
+    """
+    total = 0
+    for group in groups:
+        sizes = [w.numel for w in group]
+        count = sum(-(-n // unit) * unit for n in sizes[:-1]) + sizes[-1]
+        step = ALIGNMENT * ranks
+        total += -(-count // step) * step
+    mine = [(w, n) for w, n in owned_of(groups, ranks, rank, unit) if n]
     return Flat(
         total,
-        part,
+        total // ranks,
         sum(w.numel for w, _ in mine),
         max((n for _, n in mine), default=0),
-        max(w.numel for w in weights if w.trains),
+        max(w.numel for group in groups for w in group),
         max((w.layer for w, _ in mine), default=-1),
     )
 
 
-def owned_of(weights: Sequence[Weight], part: int, rank: int) -> Iterator[tuple[Weight, int]]:
-    """Each trained parameter, and how many of its elements are in the rank's partition."""
-    first, behind, passed = rank * part, (rank + 1) * part, 0
-    for w in weights:
-        if w.trains:
+def owned_of(
+    groups: Sequence[Sequence[Weight]], ranks: int, rank: int, unit: int = 1
+) -> Iterator[tuple[Weight, int]]:
+    """Each trained parameter, and how many of its elements are in the rank's partitions."""
+    for group in groups:
+        sizes = [w.numel for w in group]
+        count = sum(-(-n // unit) * unit for n in sizes[:-1]) + sizes[-1]
+        part = -(-count // (ALIGNMENT * ranks)) * ALIGNMENT
+        first, behind, passed = rank * part, (rank + 1) * part, 0
+        for w in group:
             yield w, max(0, min(passed + w.numel, behind) - max(passed, first))
-            passed += w.numel
+            passed += -(-w.numel // unit) * unit
+
+
+def dealt(group: Sequence[Weight], ranks: int) -> list[Weight]:
+    """round_robin_gradients: _round_robin_reorder deals the parameters of a group to the ranks."""
+    return [w for rank in range(min(ranks, len(group))) for w in group[rank::ranks]]
+
+
+@lru_cache(maxsize=256)
+def partitioned(arch: Architecture, policy: Policy, allocator: str) -> tuple[Weight, ...]:
+    """Weights as stage 3 sees them: bitsandbytes' packed ones are parameters of bytes, and what
+    their quantization needs besides stays whole. Int8Params keeps all of its weight at `CB`."""
+    out = []
+    for w in weights_in_order(arch, policy, allocator):
+        if w.packed and w.role != "buffer":
+            numel = w.numel if policy.quantization == "int8" else -(-w.numel // 2)
+            out.append(Weight(numel, 1, w.layer, False, PACKED, 0, w.outer))
+            kept = 0 if policy.quantization == "int8" else rounded(numel, allocator)
+            out.append(Weight(0, 1, w.layer, False, "buffer", w.packed - kept))
+        else:
+            out.append(w)
+    return tuple(out)
 
 
 def partition(numel: int, ranks: int) -> int:

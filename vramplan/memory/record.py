@@ -120,6 +120,9 @@ def _compute_loss(g: Recorder, model: Any) -> Value:
     g.clear_autocast_cache()
     if g.policy.autocast:
         logits = g.float(logits)
+    if g.policy.copies_outputs:  # DDP's forward holds them until it returns their clones
+        copy = g.new(logits.size, logits.dtype)
+        del copy
     return loss
 
 
@@ -132,13 +135,18 @@ def _forward(g: Recorder, model: Any) -> tuple[Value, Value]:
 def hidden_states(g: Recorder, model: Any) -> Value:
     """The layers' forward and the final norm: what the head is given."""
     x: Value = model.embed()
+    positions = model.positions() if g.policy.checkpointing else None
     tables = model.prepare(x)
+
+    def run(x: Value, layer: int, tables: Any, positions: Any) -> Value:
+        return model.run(x, layer, tables)  # type: ignore[no-any-return]
+
     for layers, repeats in layers_to_run([model.stage(i) for i in range(model.arch.layers)]):
         g.mark("forward", _name(layers, repeats), repeats)
         for layer in layers:
             given = model.tables_for(layer, tables)
             if g.policy.checkpointing:
-                x = g.checkpoint(model.run, x, layer, given)
+                x = g.checkpoint(run, x, layer, given, positions)
             else:
                 x = model.run(x, layer, given)
     g.mark("forward", "head")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 from typing import NamedTuple
 
 from vramplan.errors import UnknownName
@@ -36,6 +37,13 @@ class Trained:
     count: int
     embedding: bool
     shape: tuple[int, ...]
+    linear: bool = False
+    """The weight of an nn.Linear."""
+
+    @property
+    def module(self) -> str:
+        """The module that holds it."""
+        return self.name.removesuffix(".weight")
 
 
 class Layout(NamedTuple):
@@ -137,7 +145,22 @@ def _trained(tensors: tuple[Tensor, ...], policy: Policy) -> Iterator[Trained]:
     for t in tensors:
         if t.role != "buffer":
             itemsize = ITEMSIZE[t.dtype or policy.weight_dtype]
-            yield Trained(t.name, t.numel, itemsize, t.count, t.role == "embedding", t.shape)
+            embedding, linear = t.role == "embedding", t.role in ("linear", "head")
+            plain = linear and not t.transposed  # a Conv1D is none
+            yield Trained(t.name, t.numel, itemsize, t.count, embedding, t.shape, plain)
+
+
+def frozen(arch: Architecture, policy: Policy) -> tuple[Trained, ...]:
+    """What adapters leave as it is, in the shapes that it is stored in."""
+    if policy.rank is None:
+        return ()
+    found = []
+    for t in inventory(arch):
+        packed = is_quantized(t, policy) and policy.quantization != "int8"
+        shape = (-(-t.numel // 2), 1) if packed else t.shape
+        if t.role != "buffer":
+            found.append(Trained(t.name, prod(shape), SCALAR, t.count, False, shape))
+    return tuple(found)
 
 
 def adapters_of(tensors: tuple[Tensor, ...], policy: Policy) -> Iterator[Trained]:
@@ -159,7 +182,7 @@ def adapters_of(tensors: tuple[Tensor, ...], policy: Policy) -> Iterator[Trained
         n_out, n_in = reversed(t.shape[-2:]) if t.transposed else t.shape[-2:]
         for part, shape in (("lora_A", (wide, n_in)), ("lora_B", (n_out, wide))):
             numel = shape[0] * shape[1]
-            yield Trained(f"{module}.{part}", numel, itemsize, t.count, False, shape)
+            yield Trained(f"{module}.{part}", numel, itemsize, t.count, False, shape, linear=True)
 
 
 def _module_names(tensors: tuple[Tensor, ...]) -> list[str]:

@@ -177,6 +177,12 @@ class Tape:
             self.contexts.clear()
         self.grad_enabled = True
 
+    def works(self, kind: str, *figures: Any) -> None:
+        """Called by rules whose kernels do more than read the inputs and write the outputs.
+
+        A subclass may count it; see vramplan.timing.work for the kinds.
+        """
+
     def keeps(self, context: list[Storage | None]) -> None:
         """Called with what a node keeps on its context; a subclass may note it."""
 

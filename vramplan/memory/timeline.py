@@ -9,7 +9,7 @@ from typing import NamedTuple
 from vramplan.memory.optimizers import Stepping, stepping
 from vramplan.memory.precision import Policy
 from vramplan.memory.program import Point, Program, compile_step
-from vramplan.memory.states import Layout, layout
+from vramplan.memory.states import Layout, frozen, layout
 from vramplan.models.architecture import Architecture
 from vramplan.recipe.optimizers import find_optimizer
 
@@ -32,15 +32,21 @@ class Parts(NamedTuple):
     program: Program
     first: Program | None
     """With accumulation: the first micro-batch, which finds no gradients."""
+    buckets: int = 0
+    """DDP's flat copies of all gradients."""
 
 
 @lru_cache(maxsize=1024)
 def parts(arch: Architecture, policy: Policy, optimizer: str, allocator: str) -> Parts:
     """Compiled once; every estimate of that model and policy uses it."""
-    weights = layout(arch, policy, allocator)
+    weights, how = layout(arch, policy, allocator), find_optimizer(optimizer)
+    others = frozen(arch, policy) if how.states_of_frozen else ()
+    steps = stepping(how, weights, allocator, policy.projection, others)
+    if policy.in_backward is None and policy.projection is not None:
+        policy = replace(policy, projection=None)  # the tape knows nothing of it
     return Parts(
         weights,
-        stepping(find_optimizer(optimizer), weights, allocator),
+        steps,
         compile_step(arch, policy),
         compile_step(arch, replace(policy, accumulating=False)) if policy.accumulating else None,
     )
@@ -52,7 +58,7 @@ class Timeline(NamedTuple):
     load: Phase
     """from_pretrained"""
     prepare: Phase
-    """prepare_model_for_kbit_training and get_peft_model"""
+    """prepare_model_for_kbit_training and get_peft_model; wrapping by DDP or DeepSpeed"""
     forward: Phase
     backward: Phase
     optimizer_step: Phase
@@ -87,8 +93,9 @@ def run_timeline(run: Parts, batch: int, seq: int, accumulation: int, workspace:
     """The phases of a step of `accumulation` micro-batches of batch x seq tokens."""
     weights, step = run.layout, run.stepping
     inputs = INPUT_TENSORS * TOKEN * batch * seq * accumulation
-    resident = weights.weights + step.states + workspace + inputs
-    held = weights.gradients if accumulation > 1 else 0
+    resident = weights.weights + run.buckets + step.states + workspace + inputs
+    gradients = 0 if step.in_backward else weights.gradients
+    held = gradients if accumulation > 1 else 0
     points = run.program.walk(batch, seq)
     forward = _phase(points, "forward", resident + held)
     backward = _phase(points, "backward", resident + held)
@@ -97,13 +104,13 @@ def run_timeline(run: Parts, batch: int, seq: int, accumulation: int, workspace:
         forward = forward._replace(peak=max(forward.peak, _phase(alone, "forward", resident).peak))
         peak = max(backward.peak, _phase(alone, "backward", resident).peak)
         backward = backward._replace(peak=peak)
-    stepped = resident + weights.gradients
+    stepped = resident + gradients
     return Timeline(
         load=Phase(weights.loaded, weights.load_peak),
-        prepare=Phase(weights.weights, weights.prepare_peak),
+        prepare=Phase(weights.weights + run.buckets, weights.prepare_peak),
         forward=forward,
         backward=backward,
-        optimizer_step=Phase(stepped, stepped + step.transient),
+        optimizer_step=Phase(stepped - step.released, stepped + step.transient),
         resident=resident,
         held_gradients=held,
         points=tuple(points),

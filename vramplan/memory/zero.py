@@ -30,7 +30,7 @@ def zero_parts(
         gradients=part.arriving,
     )
     stepping = Stepping(states=part.masters + part.states, managed=0, transient=part.step)
-    return Parts(mine, stepping, part.program, part.first), part
+    return Parts(mine, stepping, part.last.program, None), part
 
 
 def zero_estimate(

@@ -33,6 +33,8 @@ class Hooks(NamedTuple):
     """More than one rank."""
     scattered: bool = False
     """Stages 1 and 2: a bucket is longer than a partition, so it always has several owners."""
+    efficient_linear: bool = True
+    """memory_efficient_linear: stage 3 replaces torch.nn.functional.linear."""
 
 
 class ZeroRecorder(Recorder):
@@ -43,6 +45,7 @@ class ZeroRecorder(Recorder):
         self.hooks = hooks
         self.buckets: list[Value] = []
         self.pending: list[Value] = []  # gradients that wait for their reduction, uncopied
+        self.reduced: list[Value] = []  # uncopied ones that the next reduction lets go
         self.elements = self.waiting = 0
         self.addmm = False
 
@@ -55,7 +58,14 @@ class ZeroRecorder(Recorder):
     def backward(self, loss: Value) -> None:
         super().backward(loss)
         self._reduce()
+        self.reduced.clear()
         self.buckets.clear()
+
+    def loss(self, logits: Value, vocabulary: int) -> Value:
+        """Stage 3 lets go of the head's weight before."""
+        if self.hooks.stage == 3:
+            self.mark("forward", "loss")
+        return super().loss(logits, vocabulary)
 
     def _hooked(self, parameter: Parameter) -> Callable[..., Any]:
         """AccumulateGrad and the hook behind it: `grad` itself lives until both are through."""
@@ -92,12 +102,15 @@ class ZeroRecorder(Recorder):
         reduce_scatter_coalesced; allreduce_and_scatter and buffered_reduce_fallback (flatten).
         """
         hooks = self.hooks
+        self.reduced.clear()
         flattened = hooks.several or not hooks.contiguous
         if hooks.stage < 3 and hooks.contiguous:
             flattened = hooks.scattered
         if flattened and self.waiting > 1:
             together = self.new(Size(self.elements), self.policy.weight_dtype, "buffer")
             del together
+        if hooks.stage < 3 and hooks.overlap and not hooks.contiguous:
+            self.reduced = self.pending[:]
         self.pending.clear()
         self.elements = self.waiting = 0
 
@@ -110,7 +123,7 @@ class ZeroRecorder(Recorder):
 
     def dense(self, x: Value, weight: Value, bias: Value | None, n_in: int, n_out: int) -> Value:
         """LinearFunctionForZeroStage3 saves its input and weight whatever needs a gradient."""
-        if self.hooks.stage < 3 or self.addmm:
+        if self.hooks.stage < 3 or self.addmm or not self.hooks.efficient_linear:
             return super().dense(x, weight, bias, n_in, n_out)
         inputs = (x, weight) if bias is None else (x, weight, bias)
         sizes = [(v.size, v.requires_grad) for v in inputs]

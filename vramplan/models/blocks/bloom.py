@@ -14,6 +14,9 @@ class Bloom(HeldOutputs):
         self.held = (inputs_embeds,)
         return self.norm(inputs_embeds, "transformer.word_embeddings_layernorm")
 
+    def positions(self) -> Tensor:
+        return None  # alibi knows them
+
     def prepare(self, x: Tensor) -> tuple[Tensor, ...]:
         alibi = self.g.alibi(self.arch.heads, x.dtype)
         return (self.g.eager_mask(self.held[0]), alibi)

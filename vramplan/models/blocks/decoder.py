@@ -54,6 +54,10 @@ class Decoder:
             x = g.require_grad(x)
         return x
 
+    def positions(self) -> Tensor:
+        """Position ids as every layer is given them; the layers' checkpoints keep them."""
+        return self.g.position_ids()
+
     def prepare(self, x: Tensor) -> tuple[Tensor, ...]:
         """What every block is given: mask, cos, sin."""
         mask = self.g.causal_mask(x)
@@ -71,6 +75,7 @@ class Decoder:
 
     def run(self, x: Tensor, layer: int, tables: tuple[Tensor, ...]) -> Tensor:
         """One block; the tables are its arguments, so it holds them no longer than it runs."""
+        self.g.works("layer")
         self.tables = tables
         try:
             return self.block(x, layer)

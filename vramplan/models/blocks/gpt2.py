@@ -23,6 +23,9 @@ class GPT2(Decoder):
         self.held = (inputs_embeds, ids, positions)
         return x.dropout(arch.dropouts.embedding)
 
+    def positions(self) -> Tensor:
+        return self.held[1]
+
     def norm(self, x: Tensor, name: str, width: int | None = None) -> Tensor:
         return self.layer_norm(x, name, width)
 

@@ -56,8 +56,13 @@ class Mixture(Windowed):
         """down(act(gate(x)) * up(x)), never adapted."""
         g, hidden, bias = self.g, self.arch.hidden_size, self.arch.mlp_bias
         return g.linear(
-            self.activation(g.linear(x, f"{name}.gate_proj", hidden, width, bias, adaptable=False))
-            * g.linear(x, f"{name}.up_proj", hidden, width, bias, adaptable=False),
+            g.tailed(
+                self.activation(
+                    g.linear(x, f"{name}.gate_proj", hidden, width, bias, adaptable=False)
+                )
+                * g.linear(x, f"{name}.up_proj", hidden, width, bias, adaptable=False),
+                self.arch.deviation,
+            ),
             f"{name}.down_proj",
             width,
             hidden,

@@ -29,6 +29,9 @@ class OPT(Decoder):
         self.held = (inputs_embeds, ids, positions)
         return inputs_embeds + positions
 
+    def positions(self) -> Tensor:
+        return self.held[1]
+
     def final_norm(self, x: Tensor) -> Tensor:
         arch, g = self.arch, self.g
         if arch.figure("final_norm"):
