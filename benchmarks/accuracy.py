@@ -23,6 +23,7 @@ FILES = tuple(
         ("single_gpu", "One NVIDIA H200, default allocator"),
         ("deepspeed_rank0", "DeepSpeed 0.19.8: the first of 1 to 8 ranks on one NVIDIA H200"),
         ("families_gpu", "One NVIDIA H100: more families and regimes, expandable segments"),
+        ("optimizers_gpu", "One NVIDIA H100: the optimizers of other packages"),
         ("attention_gpu", "One NVIDIA H200: flash_attention_2, sdpa and eager, 1k to 32k tokens"),
     )
     if (FOLDER / f"{name}.json").exists()

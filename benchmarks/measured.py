@@ -81,6 +81,8 @@ def recipe_of(case: dict[str, Any]) -> Recipe:
         attention=case.get("attn", "sdpa"),
         gradient_checkpointing=bool(case.get("gc")),
         optimizer=case.get("optim", "adamw_torch_fused"),
+        optim_target_modules=case.get("optim_target_modules", "all-linear"),
+        optim_rank=case.get("optim_rank", 128),
         batch_size=case["batch"],
         seq_len=case["seq"],
         gradient_accumulation_steps=case.get("ga", 1),

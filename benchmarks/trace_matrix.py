@@ -1,24 +1,27 @@
-"""Estimate against trace over families and regimes; writes docs/trace-matrix.md.
+"""Traces of families and regimes, kept; writes docs/trace-matrix.md, estimates against them.
 
-usage: python benchmarks/trace_matrix.py [--full] [--minutes N] [--workers N] [--only WORD ...]
-                                         [--report]
+usage: python benchmarks/trace_matrix.py [--minutes N] [--workers N] [--only WORD ...] [--report]
 
-A cell is one family (the catalogue's smallest checkpoint of it, cut to a few layers unless --full)
-under one recipe. Cells that were run are kept in benchmarks/trace_matrix.json with the bytes of
-both sides, and are not run again: remove the file to begin anew. Cells come in rounds, each of
-which holds every family under every regime once, so what ran first already covers all of both.
+A cell is one family (the catalogue's smallest checkpoint of it, cut to a few layers) under one
+recipe. What was traced is kept in benchmarks/trace_matrix.json with a stamp of what it depends on:
+the tracer's code (comments aside), the versions of the libraries and the cell's own recipe. A cell
+whose stamp is another one today is traced again. Estimates take no time, so they are not kept: the
+page is always of the estimate's present code. Cells come in rounds, each of which holds every
+family under every regime once, so what ran first already covers all of both.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import functools
 import hashlib
 import json
 import multiprocessing
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -32,11 +35,16 @@ from vramplan.recipe.optimizers import OPTIMIZERS
 from vramplan.recipe.recipe import LoRA, Recipe
 
 HERE = Path(__file__).resolve().parent
-PAGE = HERE.parent / "docs" / "trace-matrix.md"
 CELLS = HERE / "trace_matrix.json"
+TRACER = HERE.parent / "launcher" / "vramplan_launcher" / "trace"
+COUNTS = (
+    "autocast", "blocks", "build", "counting", "cuda_ops", "engine", "quantized", "reduction",
+    "scaling", "steps",
+)  # fmt: skip
+"""Modules of the tracer that decide what is counted in a cell."""
+OUTLIERS = HERE.parent / "vramplan" / "memory" / "outliers.py"
+"""The one module of the estimate that the tracer asks too."""
 LAYERS = 3
-LIMIT = 0.5
-"""Percent: a cell beyond it is listed by name."""
 POINTS = ((2, 512), (1, 2048))
 ENDS = ("load", "prepare", "forward", "backward", "optimizer_step")
 
@@ -73,7 +81,7 @@ def checkpoints() -> dict[str, str]:
 def cells() -> list[Cell]:
     """All of them, in rounds; every optimizer first."""
     models = checkpoints()
-    optimizers = [
+    out = [
         cell(
             "llama",
             models["llama"],
@@ -83,20 +91,18 @@ def cells() -> list[Cell]:
         )
         for name in OPTIMIZERS
     ]
-    rounds: list[tuple[int, str, Cell]] = []
-    for (family, model), (regime, fields) in product(models.items(), REGIMES.items()):
-        variants = [
-            cell(family, model, regime, **fields, **variant) for variant in variants_for(model)
-        ]
-        variants.sort(key=lambda c: digest(c["id"]))
-        rounds += [(n, digest(c["id"]), c) for n, c in enumerate(variants)]
-    return optimizers + [c for _, _, c in sorted(rounds, key=lambda r: r[:2])]
+    points = {family: list(variants_for(model)) for family, model in models.items()}
+    # A family's cells of a round have the same shapes, which torch's fake tensors remember.
+    for number in range(len(next(iter(points.values())))):
+        for place, (family, model) in enumerate(models.items()):
+            variants = points[family]
+            variant = variants[(number + place) % len(variants)]
+            out += [cell(family, model, name, **{**REGIMES[name], **variant}) for name in REGIMES]
+    return out
 
 
 def variants_for(model: str) -> Iterator[dict[str, Any]]:
-    found = catalogue.load(model)
-    assert found is not None
-    arch = architecture(found.config)
+    arch = architecture(config_of(model))
     longest = arch.max_positions if arch.learned_positions else None
     for checkpointing, attention, (batch, seq) in product((False, True), ("sdpa", "eager"), POINTS):
         yield {
@@ -121,8 +127,12 @@ def cell(family: str, model: str, regime: str, **fields: Any) -> Cell:
     }
 
 
-def digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+@functools.cache
+def config_of(model: str) -> dict[str, Any]:
+    """A bundled checkpoint's config.json."""
+    found = catalogue.load(model)
+    assert found is not None
+    return found.config
 
 
 def recipe_of(fields: dict[str, Any], config: dict[str, Any]) -> Recipe:
@@ -147,7 +157,7 @@ def attention_modules(config: dict[str, Any]) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
-def cut(config: dict[str, Any], layers: int) -> dict[str, Any]:
+def cut(config: dict[str, Any], layers: int = LAYERS) -> dict[str, Any]:
     """The config with few layers; of a mixture with dense layers first, one of the others too."""
     from vramplan_launcher.trace.build import cut_depth
 
@@ -155,17 +165,64 @@ def cut(config: dict[str, Any], layers: int) -> dict[str, Any]:
     return cut_depth(config, max(layers, first + 1))
 
 
+# --- stamps ---------------------------------------------------------------------------------
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@functools.cache
+def tracer() -> str:
+    """A digest of all code that a traced number comes from, and of the libraries' versions."""
+    from vramplan_launcher.trace import cache
+
+    files = [TRACER / f"{name}.py" for name in COUNTS]
+    return digest(json.dumps([cache.versions(), *map(code_of, [*files, OUTLIERS])]))
+
+
+def code_of(path: Path) -> str:
+    """A module's code without comments, docstrings and layout."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            kept = [n for n in body if not is_text(n)]
+            node.body = kept or [ast.Pass()]  # type: ignore[attr-defined]
+    return ast.dump(tree)
+
+
+def is_text(node: ast.AST) -> bool:
+    """A docstring, or a string below a constant."""
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
+
+
+def stamp(asked: Cell) -> str:
+    """Changes with all that the traced side of a cell depends on."""
+    config = cut(config_of(asked["model"]))
+    recipe = recipe_of(asked["fields"], config).to_dict()
+    return digest(json.dumps([tracer(), config, recipe], sort_keys=True, default=str))
+
+
+def stale(asked: Cell, held: Cell) -> bool:
+    """Whether a cell must be traced anew; one that was refused or failed is asked again."""
+    return "peak" not in held or held["stamp"] != stamp(asked)
+
+
 # --- running them ---------------------------------------------------------------------------
 
 
-def run(task: tuple[Cell, bool]) -> Cell:
-    """Both sides of one cell, in bytes; or why there is none."""
-    asked, full = task
+def run(asked: Cell) -> Cell:
+    """The traced side of one cell, in bytes; or why there is none."""
     warnings.filterwarnings("ignore")
     began = time.time()
-    out = {key: asked[key] for key in ("id", "family", "model", "regime")}
+    out: Cell = {"id": asked["id"], "stamp": stamp(asked)}
     try:
-        out |= both(asked, full)
+        out |= traced(asked)
     except UserError as error:
         out["refused"] = str(error)
     except Exception as error:
@@ -173,23 +230,21 @@ def run(task: tuple[Cell, bool]) -> Cell:
     return {**out, "seconds": round(time.time() - began, 1)}
 
 
-def both(asked: Cell, full: bool) -> Cell:
+def traced(asked: Cell) -> Cell:
     from vramplan_launcher.trace import api
 
-    found = catalogue.load(asked["model"])
-    assert found is not None
-    config = found.config if full else cut(found.config, LAYERS)
+    config = cut(config_of(asked["model"]))
     recipe = recipe_of(asked["fields"], config)
-    needed = estimate(config, recipe)
+    estimate(config, recipe)  # what it refuses needs no trace
     deep = api.run(config, recipe)
-    traced = api.traced(deep, found.id, recipe)
+    found = api.traced(deep, asked["model"], recipe)
     ahead = next(p for p in deep.trace.phases if p.name == "2:forward")
-    e, t = needed.timeline.phases(), traced.timeline.phases()
+    ends = found.timeline.phases()
     return {
-        "peak": [needed.peak_allocated, traced.peak_allocated],
-        "peak_phase": [needed.peak_phase, traced.peak_phase],
-        "saved": [e["forward"].end - needed.timeline.resident, ahead.end - ahead.start],
-        "ends": {name: [e[name].end, t[name].end] for name in ENDS},
+        "peak": found.peak_allocated,
+        "peak_phase": found.peak_phase,
+        "saved": ahead.end - ahead.start,
+        "ends": {name: ends[name].end for name in ENDS},
     }
 
 
@@ -199,138 +254,53 @@ def read() -> dict[str, Cell]:
     return {c["id"]: c for c in json.loads(CELLS.read_text(encoding="utf-8"))["cells"]}
 
 
-def write(done: dict[str, Cell], depth: str) -> None:
+def write(done: dict[str, Cell]) -> None:
     from vramplan_launcher.trace import cache
 
     lines = ",\n".join(json.dumps(done[name]) for name in sorted(done))
-    head = json.dumps({"versions": cache.versions(), "layers": depth})
-    CELLS.write_text(f'{head[:-1]}, "cells": [\n{lines}\n]}}\n', encoding="utf-8")
+    head = json.dumps({"versions": cache.versions(), "layers": LAYERS})
+    part = CELLS.with_suffix(".part")
+    part.write_text(f'{head[:-1]}, "cells": [\n{lines}\n]}}\n', encoding="utf-8")
+    part.replace(CELLS)
 
 
 def work(todo: list[Cell], options: argparse.Namespace, done: dict[str, Cell]) -> None:
+    from trace_page import line_of, pair_of
+
     stop = time.time() + 60 * options.minutes
     context = multiprocessing.get_context("spawn")
-    depth = "all" if options.full else str(LAYERS)
-    with context.Pool(options.workers, maxtasksperchild=60) as pool:
-        results = pool.imap_unordered(run, ((c, options.full) for c in todo))
-        for number, result in enumerate(results, 1):
+    asked = {c["id"]: c for c in todo}
+    with context.Pool(options.workers, maxtasksperchild=220) as pool:
+        for number, result in enumerate(pool.imap_unordered(run, todo), 1):
             done[result["id"]] = result
-            print(f"{number}/{len(todo)} {line_of(result)}", flush=True)
-            if number % 10 == 0:
-                write(done, depth)
+            shown = line_of(pair_of(asked[result["id"]], result))
+            print(f"{number}/{len(todo)} {shown} ({result['seconds']} s)", flush=True)
+            if number % 20 == 0:
+                write(done)
             if time.time() > stop:
                 pool.terminate()
                 break
-    write(done, depth)
-
-
-# --- the report -----------------------------------------------------------------------------
-
-
-def percent(pair: Iterable[int]) -> float:
-    mine, traced = pair
-    return 100 * (mine - traced) / traced if traced else 0.0
-
-
-def worst_of(c: Cell) -> tuple[float, str]:
-    """The largest error of a cell, and where."""
-    errors = [(percent(c["peak"]), "peak")]
-    errors += [(percent(pair), f"end of {name}") for name, pair in c["ends"].items()]
-    return max(errors, key=lambda e: abs(e[0]))
-
-
-def line_of(c: Cell) -> str:
-    if "peak" not in c:
-        return f"{c['id']}: {c.get('refused') or c['failed']}"
-    error, where = worst_of(c)
-    return f"{c['id']}: peak {percent(c['peak']):+.3f} %, worst {error:+.3f} % ({where})"
-
-
-def table(ran: list[Cell], key: str) -> Iterator[str]:
-    heads = ("cells", "mean of peak", "worst of peak", "worst of an end", "saved, to 1 in 1000")
-    yield f"| {key} | {' | '.join(heads)} |"
-    yield "|---|---:|---:|---:|---:|---:|"
-    for name in sorted({c[key] for c in ran}):
-        mine = [c for c in ran if c[key] == name]
-        peaks = [percent(c["peak"]) for c in mine]
-        ends = [percent(pair) for c in mine for pair in c["ends"].values()]
-        exact = sum(abs(percent(c["saved"])) <= 0.1 for c in mine)
-        yield (
-            f"| {name} | {len(mine)} | {mean(peaks):.3f} % | {most(peaks):+.3f} % "
-            f"| {most(ends):+.3f} % | {exact} of {len(mine)} |"
-        )
-
-
-def mean(errors: list[float]) -> float:
-    return sum(map(abs, errors)) / len(errors)
-
-
-def most(errors: list[float]) -> float:
-    return max(errors, key=abs)
-
-
-def page(done: dict[str, Cell]) -> str:
-    head = json.loads(CELLS.read_text(encoding="utf-8"))
-    ran = [c for c in done.values() if "peak" in c]
-    refused = [c for c in done.values() if "refused" in c]
-    failed = [c for c in done.values() if "failed" in c]
-    beyond = [c for c in ran if abs(worst_of(c)[0]) > LIMIT]
-    peaks = [percent(c["peak"]) for c in ran]
-    worst = max(ran, key=lambda c: abs(percent(c["peak"])))
-    libraries = ", ".join(f"{name} {version}" for name, version in head["versions"].items())
-    lines = [
-        "# Estimate against trace\n",
-        "`make trace-matrix` writes this page: every family of the catalogue (its smallest",
-        f"checkpoint; layers: {head['layers']}) under every regime, estimated and traced. Traced",
-        f"with {libraries}. Errors are estimate against trace, of the phase's own bytes; plus is",
-        "too much.\n",
-        f"**{len(ran)} of {len(cells())} cells ran** (with {len(refused)} refused by the libraries "
-        f"and {len(failed)} that failed): at the peak, mean absolute error {mean(peaks):.3f} %, "
-        f"signed mean {sum(peaks) / len(peaks):+.3f} %, worst {percent(worst['peak']):+.3f} % "
-        f"({worst['id']}). Beyond {LIMIT} % at the peak or at a phase's end: {len(beyond)}.\n",
-        "## By regime\n",
-        *table([c for c in ran if not c["regime"].startswith("optimizer")], "regime"),
-        "\n## By family\n",
-        *table([c for c in ran if not c["regime"].startswith("optimizer")], "family"),
-        "\n## By optimizer\n",
-        *table([c for c in ran if c["regime"].startswith("optimizer")], "regime"),
-        f"\n## Beyond {LIMIT} %\n",
-        *(f"- {line_of(c)}" for c in sorted(beyond, key=lambda c: -abs(worst_of(c)[0]))),
-        *(["None."] if not beyond else []),
-        "\n## Not compared\n",
-        *reasons(refused + failed),
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def reasons(without: list[Cell]) -> Iterator[str]:
-    """Cells without a result, by reason."""
-    grouped: dict[str, list[str]] = {}
-    for c in without:
-        grouped.setdefault(c.get("refused") or c["failed"], []).append(c["id"])
-    for reason, ids in sorted(grouped.items()):
-        more = f" and {len(ids) - 3} more" if len(ids) > 3 else ""
-        yield f"- {'; '.join(ids[:3])}{more}: {reason}"
-    if not grouped:
-        yield "Every cell was compared."
+    write(done)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--full", action="store_true", help="all layers of every checkpoint")
     parser.add_argument("--minutes", type=float, default=1e6, help="stop after so many")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--only", nargs="*", default=[], help="cells whose id holds all of these")
     parser.add_argument("--report", action="store_true", help="only write the page anew")
     options = parser.parse_args()
-    done = read()
-    todo = [c for c in cells() if c["id"] not in done and all(w in c["id"] for w in options.only)]
+    from trace_page import PAGE, headline, page
+
+    wanted, done = cells(), read()
+    named = {c["id"] for c in wanted}
+    done = {name: c for name, c in done.items() if name in named}
+    todo = [c for c in wanted if all(w in c["id"] for w in options.only)]
+    todo = [c for c in todo if stale(c, done.get(c["id"], {}))]
     if not options.report and todo:
         work(todo, options, done)
-    text = page(done)
-    PAGE.write_text(text, encoding="utf-8")
-    print(text.partition("\n## By regime")[0].splitlines()[-2], file=sys.stderr)
+    PAGE.write_text(page(wanted, done), encoding="utf-8")
+    print(headline(wanted, done), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,59 @@
+"""step_time(): seconds of one optimizer step, by cause."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vramplan.hardware.gpu import Gpus
+from vramplan.memory.precision import policy_of
+from vramplan.models.architecture import Architecture
+from vramplan.recipe.recipe import Recipe
+from vramplan.timing.clock import PARTS, micro_batch
+from vramplan.timing.links import exchange
+from vramplan.timing.rates import rates_of
+from vramplan.timing.stepping import step_of
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepTime:
+    """One optimizer step: all its micro-batches, on all ranks together."""
+
+    seconds: float
+    tokens: int
+    """Of all micro-batches and ranks."""
+    parts: dict[str, float]
+    """Seconds by cause; they add up to `seconds`. "launch": the card waits for the host."""
+    notes: tuple[str, ...] = ()
+    """What was assumed for want of figures."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all ranks together."""
+        return self.tokens / self.seconds
+
+
+UNKNOWN = "the rates of {name} are not known: those of a common 24 GB card are taken"
+
+
+def step_time(arch: Architecture, recipe: Recipe, gpus: Gpus) -> StepTime:
+    """Seconds of a steady optimizer step of `recipe` on `recipe.world_size` cards like `gpus`."""
+    gpu = gpus.gpu
+    policy = policy_of(recipe, arch, None if gpus.nominal else gpu.compute_capability)
+    steps = recipe.gradient_accumulation_steps
+    spent = micro_batch(arch, policy, gpu, recipe.batch_size, recipe.seq_len)
+    step = step_of(arch, policy, recipe.optimizer, gpu)
+    out = {name: steps * value for name, value in zip(PARTS, spent.parts, strict=True)}
+    waiting = steps * (spent.total - sum(spent.parts) + step.start) + step.before + step.after
+    out["backward"] += (steps - 1) * 3 * step.gradients / rates_of(gpu).bandwidth
+    out["optimizer"], out["communication"], out["offload"] = step.card, 0.0, 0.0
+    waiting += max(0.0, step.host - step.card)
+    if recipe.world_size > 1 or recipe.deepspeed is not None:
+        moved = exchange(arch, policy, recipe, gpus, step, out["backward"])
+        out.update(moved._asdict())
+    out["launch"] = waiting
+    return StepTime(
+        seconds=sum(out.values()),
+        tokens=recipe.batch_size * recipe.seq_len * steps * recipe.world_size,
+        parts=out,
+        notes=(UNKNOWN.format(name=gpu.name),) if gpu.fp16 is None else (),
+    )
