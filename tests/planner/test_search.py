@@ -1,0 +1,120 @@
+"""Evaluating: as estimate() says, pruned or not."""
+
+from __future__ import annotations
+
+import pytest
+
+from vramplan.hardware.catalogue import parse_gpu
+from vramplan.memory.estimate import estimate, resolve
+from vramplan.models.architecture import Architecture
+from vramplan.planner.candidates import FITS, HOST, TOO_LARGE
+from vramplan.planner.clock import seconds_of
+from vramplan.planner.goal import Goal
+from vramplan.planner.rank import front, picked
+from vramplan.planner.search import Evaluator, Searched, nearest_misses, search
+from vramplan.planner.space import Space
+from vramplan.units import GIB
+
+
+def searched(
+    arch: Architecture,
+    card: str,
+    goal: Goal = Goal(),
+    *,
+    host: int | None = None,
+    pruning: bool = True,
+) -> Searched:
+    gpus = parse_gpu(card)
+    space = Space(arch, gpus.gpu, gpus.count, goal)
+    return search(space, Evaluator(arch, gpus, host), seconds_of, pruning=pruning)
+
+
+@pytest.mark.parametrize(
+    ("model", "card"),
+    [
+        ("meta-llama/Llama-3.2-1B", "rtx-4090"),
+        ("google/gemma-3-1b-pt", "2xh100-80gb"),
+        ("openai-community/gpt2", "24GB"),
+    ],
+)
+def test_what_is_needed_is_what_the_facade_says(model: str, card: str) -> None:
+    _, arch, _ = resolve(model)
+    gpus = parse_gpu(card)
+    evaluator = Evaluator(arch, gpus)
+    goal = Goal(effective_batch=4, allow_8bit_optim=True)
+    for draft in Space(arch, gpus.gpu, gpus.count, goal, whole=False).drafts():
+        mine = evaluator.needed(draft.recipe)
+        said = estimate(arch, draft.recipe, gpus)
+        assert (mine.required, mine.managed, mine.fits) == (said.required, said.managed, said.fits)
+        assert evaluator.floor(draft.recipe) <= said.required
+
+
+@pytest.mark.parametrize("model", ["meta-llama/Llama-3.2-1B", "openai-community/gpt2-medium"])
+@pytest.mark.parametrize("card", ["12GB", "rtx-4090"])
+def test_pruning_changes_nothing(model: str, card: str) -> None:
+    _, arch, _ = resolve(model)
+    goal = Goal(effective_batch=4)
+    fast = searched(arch, card, goal)
+    slow = searched(arch, card, goal, pruning=False)
+    assert slow.evaluated > 2 * fast.evaluated
+    assert picked(slow.candidates, goal) == picked(fast.candidates, goal)
+    for method in ("full", "lora", "int8", "qlora"):
+        mine, whole = (
+            [
+                (c.footprint, c.seconds)
+                for c in front([c for c in found.candidates if c.method == method], goal)
+            ]
+            for found in (fast, slow)
+        )
+        assert mine == whole
+
+
+def test_verdicts_agree_with_the_sizes(llama_8b: Architecture) -> None:
+    found = searched(llama_8b, "rtx-4090", host=64 * GIB).candidates
+    for c in found:
+        if c.verdict == FITS:
+            assert c.required is not None
+            assert c.available is not None
+            assert c.required <= c.available
+            assert c.host <= 64 * GIB
+            assert c.seconds is not None
+            assert c.seconds > 0
+            assert c.tokens == 16 * 2048
+        elif c.verdict == TOO_LARGE:
+            assert c.too_much > 0
+        elif c.verdict == HOST:
+            assert c.host > 64 * GIB
+        else:
+            assert c.required is None
+            assert c.why
+    assert {c.verdict for c in found} >= {FITS, TOO_LARGE, HOST}
+
+
+def test_nearest_misses_are_exact_and_nearest(llama_8b: Architecture) -> None:
+    goal = Goal(pins={"zero": None})
+    found = searched(llama_8b, "8GB", goal)
+    whole = searched(llama_8b, "8GB", goal, pruning=False)
+    misses = {
+        c.method: c for c in nearest_misses(found.candidates, Evaluator(llama_8b, parse_gpu("8GB")))
+    }
+    for method in ("full", "lora", "int8"):
+        least = min(
+            c.required for c in whole.candidates if c.method == method and c.required is not None
+        )
+        assert misses[method].required == least
+        assert not misses[method].at_least
+
+
+def test_paged_states_without_room_cost_time(llama_1b: Architecture) -> None:
+    """12 GiB have no room for 10 GB of fp32 states beside the rest: they move twice a step."""
+    pins = {"optimizer": "paged_adamw_32bit", "zero": None, "batch_size": 1}
+    goal = Goal(methods=("full",), pins=pins)
+    small = {c.recipe: c for c in searched(llama_1b, "12GB", goal).candidates if c.fits}
+    large = {c.recipe: c for c in searched(llama_1b, "48GB", goal).candidates if c.fits}
+    assert small
+    for recipe, candidate in small.items():
+        assert candidate.paged_out > 0
+        assert candidate.offloads
+        assert candidate.footprint == candidate.available
+        assert large[recipe].paged_out == 0
+        assert (candidate.seconds or 0) > (large[recipe].seconds or 0)

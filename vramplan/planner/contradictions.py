@@ -1,0 +1,69 @@
+"""Decisions that leave no recipe: which two contradict each other, and why."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import combinations
+from typing import Any
+
+from vramplan.errors import IllegalRecipe, UserError
+from vramplan.planner.goal import Goal, contradiction
+from vramplan.planner.space import Space
+from vramplan.recipe.recipe import LoRA
+
+
+def explain_emptiness(space: Space) -> UserError:
+    """The error for a space without a single legal recipe."""
+    goal = space.goal
+    decisions = _decisions(goal)
+    for one in decisions:
+        found = _empty(space, (one,))
+        if found is not None:
+            return IllegalRecipe(f"{_said(one)} leaves no legal recipe: {found}")
+    for pair in combinations(decisions, 2):
+        found = _empty(space, pair)
+        if found is not None:
+            return contradiction(_said(pair[0]), _said(pair[1]), found.rstrip("."))
+    reason = space.refused[0].reason if space.refused else "no card count divides the batch"
+    return IllegalRecipe(f"what is decided leaves no legal recipe: {reason}")
+
+
+def _decisions(goal: Goal) -> list[tuple[str, Any]]:
+    """What the user decided, by name."""
+    found: list[tuple[str, Any]] = list(goal.pins.items())
+    if goal.methods is not None:
+        found.append(("methods", goal.methods))
+    if goal.lora is not None:
+        found.append(("lora", goal.lora))
+    found.append(("seq_len", goal.seq_len))
+    return found
+
+
+def _empty(space: Space, decisions: tuple[tuple[str, Any], ...]) -> str | None:
+    """The reason why these alone leave nothing; None: they leave something."""
+    pins = {k: v for k, v in decisions if k not in ("methods", "lora", "seq_len")}
+    others = {k: v for k, v in decisions if k in ("methods", "lora", "seq_len")}
+    base = Goal(effective_batch=space.goal.effective_batch)
+    try:
+        trial = Space(space.arch, space.gpu, space.count, replace(base, pins=pins, **others))
+        if any(True for _ in trial.drafts()):
+            return None
+    except UserError as error:
+        return str(error)
+    return trial.refused[0].reason if trial.refused else "no micro-batch is left"
+
+
+def _said(decision: tuple[str, Any]) -> str:
+    name, value = decision
+    if name == "methods":
+        return f"method {' or '.join(value)}"
+    if name == "lora":
+        fields = value.to_dict() if isinstance(value, LoRA) else value
+        return f"LoRA with {', '.join(f'{name} {fields[name]}' for name in fields)}"
+    if name == "seq_len":
+        return f"sequence length {value}"
+    if name == "deepspeed":
+        return "no DeepSpeed" if value is None else f"DeepSpeed stage {value.stage}"
+    if name == "zero":
+        return "no ZeRO" if value is None else f"ZeRO stage {value}"
+    return f"{name} {'none' if value is None else value}"

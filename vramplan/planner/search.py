@@ -1,0 +1,249 @@
+"""Evaluating a space: what every draft needs, whether it fits, and how long its step takes.
+
+Plain runs on one card share the walk through their program: for a micro-batch it is the same under
+every optimizer. Two bounds save most of the work, and change no answer: a draft that another one
+is no worse than (space.NO_BETTER) is not evaluated, and where weights, states and gradients alone
+exceed the card, nothing is compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from vramplan.hardware.gpu import Gpus
+from vramplan.memory import allocator
+from vramplan.memory.estimate import Estimate, estimate
+from vramplan.memory.optimizers import stepping
+from vramplan.memory.precision import policy_of
+from vramplan.memory.program import Point, Program
+from vramplan.memory.states import layout
+from vramplan.memory.timeline import Parts, parts, run_timeline
+from vramplan.models.architecture import Architecture
+from vramplan.planner.candidates import FITS, HOST, TOO_LARGE, Candidate
+from vramplan.planner.space import NO_BETTER, Draft, Space
+from vramplan.recipe.optimizers import find_optimizer
+from vramplan.recipe.recipe import Recipe
+from vramplan.timing.links import paging_seconds
+
+Clock = Callable[[Architecture, Recipe, Gpus], float | None]
+"""Seconds of an optimizer step; None where the card's rates are not known."""
+
+
+class Sizes(NamedTuple):
+    """Bytes that decide whether a recipe fits."""
+
+    required: int
+    managed: int
+    host: int
+
+
+Memory = dict[tuple[Recipe, str | None], Sizes]
+"""By recipe and compute capability: nothing else of a card changes what a run needs."""
+
+
+class Walks:
+    """A program that remembers its walks."""
+
+    __slots__ = ("_found", "_program", "epilogues")
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self._found: dict[tuple[int, int], list[Point]] = {}
+        self.epilogues = program.epilogues
+
+    def walk(self, batch: int, seq: int) -> list[Point]:
+        """As Program.walk."""
+        key = (batch, seq)
+        found = self._found.get(key)
+        if found is None:
+            found = self._found[key] = self._program.walk(batch, seq)
+        return found
+
+
+class Evaluator:
+    """What recipes of one model need on cards of one kind."""
+
+    def __init__(
+        self,
+        arch: Architecture,
+        gpus: Gpus,
+        host_memory: int | None = None,
+        memory: Memory | None = None,
+    ) -> None:
+        self.arch, self.gpus, self.host_memory = arch, gpus, host_memory
+        self._memory: Memory = {} if memory is None else memory
+        gpu = gpus.gpu
+        self._capability = None if gpus.nominal else gpu.compute_capability
+        self._walks: dict[int, tuple[Program, Any]] = {}
+        self.available = gpu.capacity if gpus.free is None else gpus.free
+
+    def sizes(self, recipe: Recipe) -> Sizes:
+        """What of `needed` decides, remembered for cards of the same kind."""
+        key = (recipe, self._capability)
+        found = self._memory.get(key)
+        if found is None:
+            needed = self.needed(recipe)
+            found = Sizes(needed.required, needed.managed, _host(needed))
+            self._memory[key] = found
+        return found
+
+    def needed(self, recipe: Recipe) -> Estimate:
+        """As `estimate` says it. Legality is the space's."""
+        if recipe.deepspeed is not None or recipe.world_size > 1:
+            return estimate(self.arch, recipe, self.gpus)
+        policy = policy_of(recipe, self.arch, self._capability)
+        run = parts(self.arch, policy, recipe.optimizer, recipe.allocator)
+        workspace = allocator.workspaces(self._capability, run.program.epilogues)
+        timeline = run_timeline(
+            self._remembering(run),
+            recipe.batch_size,
+            recipe.seq_len,
+            recipe.gradient_accumulation_steps,
+            workspace,
+        )
+        return Estimate(
+            id=self.arch.family,
+            architecture=self.arch,
+            recipe=recipe,
+            gpu=self.gpus,
+            timeline=timeline,
+            managed=run.stepping.managed,
+            workspace=workspace,
+            parts=run,
+            policy=policy,
+        )
+
+    def _remembering(self, run: Parts) -> Parts:
+        first = None if run.first is None else self._walking(run.first)
+        return run._replace(program=self._walking(run.program), first=first)
+
+    def _walking(self, program: Program) -> Any:
+        # Keyed by identity, since a program is too large to hash; kept, so that it stays unique.
+        found = self._walks.get(id(program))
+        if found is None:
+            found = self._walks[id(program)] = (program, Walks(program))
+        return found[1]
+
+    def floor(self, recipe: Recipe) -> int:
+        """Bytes that a plain run needs at the least, without compiling it: what stays, gradients
+        at the step, the context."""
+        if recipe.deepspeed is not None:
+            return 0
+        policy = policy_of(recipe, self.arch, self._capability)
+        weights = layout(self.arch, policy, recipe.allocator)
+        states = stepping(find_optimizer(recipe.optimizer), weights, recipe.allocator).states
+        stays = weights.weights + states + weights.gradients
+        return stays + allocator.slack(stays, recipe.allocator)
+
+
+class Searched(NamedTuple):
+    """A space, evaluated."""
+
+    candidates: list[Candidate]
+    space: Space
+    evaluated: int
+    """Of them, those whose memory was reckoned in full."""
+
+
+def search(space: Space, evaluator: Evaluator, clock: Clock, *, pruning: bool = True) -> Searched:
+    """Every draft of `space` with its verdict. `pruning` False evaluates what no plan is better
+    for as well: it finds the same plans, later."""
+    found: list[Candidate] = []
+    evaluated = 0
+    for draft in space.drafts():
+        if draft.verdict and (pruning or draft.verdict != NO_BETTER):
+            found.append(_unevaluated(draft))
+            continue
+        candidate = judged(draft, evaluator, pruning=pruning)
+        evaluated += not candidate.at_least
+        found.append(timed(candidate, evaluator, clock) if candidate.fits else candidate)
+    return Searched(found, space, evaluated)
+
+
+def _unevaluated(draft: Draft) -> Candidate:
+    return Candidate(method=draft.method, recipe=draft.recipe, verdict=draft.verdict, why=draft.why)
+
+
+def judged(draft: Draft, evaluator: Evaluator, *, pruning: bool = True) -> Candidate:
+    """A draft with its memory and its verdict."""
+    available = evaluator.available
+    if pruning:
+        floor = evaluator.floor(draft.recipe)
+        if floor > available:
+            return Candidate(
+                method=draft.method,
+                recipe=draft.recipe,
+                verdict=TOO_LARGE,
+                required=floor,
+                at_least=True,
+                available=available,
+            )
+    needed = evaluator.sizes(draft.recipe)
+    required = needed.required
+    paged_out = min(needed.managed, max(0, required + needed.managed - available))
+    host = needed.host + paged_out * draft.recipe.world_size
+    verdict = FITS if required <= available else TOO_LARGE
+    limit = evaluator.host_memory
+    if verdict == FITS and limit is not None and host > limit:
+        verdict = HOST
+    return Candidate(
+        method=draft.method,
+        recipe=draft.recipe,
+        verdict=verdict,
+        required=required,
+        available=available,
+        host=host,
+        managed=needed.managed,
+        paged_out=paged_out if verdict != TOO_LARGE else 0,
+    )
+
+
+def _host(needed: Estimate) -> int:
+    """Host memory of all ranks while they train, or, if that is more, while they load."""
+    if needed.sharded is None:
+        return 0
+    host = needed.sharded.host
+    return needed.recipe.world_size * max(host.pinned + host.pageable, host.loading)
+
+
+def timed(candidate: Candidate, evaluator: Evaluator, clock: Clock) -> Candidate:
+    """The candidate with the time of its step."""
+    recipe = candidate.recipe
+    seconds = clock(evaluator.arch, recipe, evaluator.gpus)
+    if seconds is not None and candidate.paged_out:
+        seconds += paging_seconds(candidate.paged_out, evaluator.gpus.gpu)
+    tokens = (
+        recipe.batch_size * recipe.seq_len * recipe.gradient_accumulation_steps * recipe.world_size
+    )
+    return replace(candidate, seconds=seconds, tokens=tokens)
+
+
+def nearest_misses(candidates: Sequence[Candidate], evaluator: Evaluator) -> Iterator[Candidate]:
+    """Of each method of which nothing fits, the candidate that needs least, exactly; where one
+    lacks only host memory, the one that needs least of that."""
+    for method in dict.fromkeys(c.method for c in candidates):
+        mine = [c for c in candidates if c.method == method and c.required is not None]
+        if not mine or any(c.fits for c in mine):
+            continue
+        hosted = [c for c in mine if c.verdict == HOST]
+        if hosted:
+            yield min(hosted, key=lambda c: c.host)
+        else:
+            yield _least_exact(sorted(mine, key=lambda c: c.required or 0), evaluator)
+
+
+def _least_exact(rising: list[Candidate], evaluator: Evaluator) -> Candidate:
+    """Bounds are at most what is needed: once one exceeds the best exact figure, none is better."""
+    best: Candidate | None = None
+    for candidate in rising:
+        if best is not None and (candidate.required or 0) >= (best.required or 0):
+            break
+        if candidate.at_least:
+            draft = Draft(candidate.method, candidate.recipe, "", "")
+            candidate = judged(draft, evaluator, pruning=False)
+        if best is None or (candidate.required or 0) < (best.required or 0):
+            best = candidate
+    assert best is not None
+    return best

@@ -1,0 +1,97 @@
+"""Which card to take: the job planned on every card of the catalogue, the cheapest first."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from vramplan.hardware.catalogue import all_gpus
+from vramplan.hardware.gpu import Gpu, Gpus
+from vramplan.hardware.prices import list_price
+from vramplan.memory.estimate import Model, resolve
+from vramplan.planner.candidates import Candidate
+from vramplan.planner.cards import Cards, groups_of
+from vramplan.planner.goal import METHODS, Goal
+from vramplan.planner.plan import Plan, plan_on
+from vramplan.planner.search import Memory
+from vramplan.timing.cost import Cost
+
+COUNTS = (1, 2, 4, 8)
+"""Cards of one machine."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Offer:
+    """A job on some cards."""
+
+    gpus: Gpus
+    pick: Candidate
+    cost: Cost
+    plan: Plan
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "gpu": self.gpus.gpu.id,
+            "count": self.gpus.count,
+            "memory": self.gpus.gpu.capacity,
+            "method": self.pick.method,
+            "recipe": self.pick.recipe.to_dict(),
+            "required": self.pick.required,
+            "seconds": self.pick.seconds,
+            "cost": asdict(self.cost),
+        }
+
+
+def which_gpu(model: Model, goal: Goal = Goal(), cards: Cards = None) -> list[Offer]:  # noqa: B008
+    """The job on each card of the catalogue of which a price is known (with `goal.price`: on each
+    whose rates are known), or on `cards` alone, by as few of them as it takes.
+
+    Offers of the best method come first, and of these the cheapest. Without a price card-hours
+    count. A card has no offer where nothing fits on 8 of it. Raises UserError as `fit` does.
+    """
+    name, arch, _ = resolve(model)
+    named = cards is not None
+    memory: Memory = {}
+    kinds = [group.gpu for group in groups_of(cards)[0]] if named else _known(goal)
+    found = []
+    for gpu in kinds:
+        nominal = named and not gpu.arch
+        for count in COUNTS:
+            if goal.effective_batch % count or goal.pins.get("world_size", count) != count:
+                continue
+            pinned = replace(goal, pins={**goal.pins, "world_size": count})
+            gpus = Gpus(gpu=gpu, count=count, nominal=nominal)
+            plan = plan_on(name, model, arch, gpus, pinned, memory)
+            if plan.pick is None:
+                continue
+            cost = plan.cost_of(plan.pick)
+            found.append(Offer(gpus=plan.gpus, pick=plan.pick, cost=cost, plan=plan))
+            if not plan.pick.offloads and plan.pick.method == goal.considered[0]:
+                break
+    return sorted(found, key=order)
+
+
+def order(offer: Offer) -> tuple[Any, ...]:
+    """Quality, then what it costs."""
+    price = offer.cost.dollars
+    method = METHODS.index(offer.pick.method)
+    return (offer.pick.offloads, method, price is None, price or offer.cost.gpu_hours)
+
+
+def cheapest_by_method(offers: list[Offer]) -> dict[str, Offer]:
+    """Of each method that some card has as its best: the cheapest offer."""
+    best: dict[str, Offer] = {}
+    for offer in offers:
+        best.setdefault(offer.pick.method, offer)
+    return best
+
+
+def _known(goal: Goal) -> list[Gpu]:
+    """NVIDIA's cards whose rates and price are known: what lies outside torch's counters was
+    measured on these only."""
+    cards = [g for g in all_gpus() if g.vendor == "nvidia" and g.fp16 and g.bandwidth]
+    if goal.price is not None:
+        return cards
+    priced = [gpu for gpu in cards if list_price(gpu.id) is not None]
+    return priced or cards

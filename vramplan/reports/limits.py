@@ -1,0 +1,44 @@
+"""How far a recipe goes, as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from vramplan.reports.text import Look, wrap
+from vramplan.units import format_bytes
+
+if TYPE_CHECKING:
+    from vramplan.hardware.gpu import Gpus
+    from vramplan.planner.limits import Limit
+
+_NAMES = {"seq_len": "longest sequence", "batch_size": "largest batch"}
+_UNITS = {"seq_len": "tokens", "batch_size": "sequences"}
+
+
+def show(model: str, gpus: Gpus, found: Sequence[Limit], look: Look = Look()) -> str:  # noqa: B008
+    """The whole report."""
+    lines = [look.paint(f"{model} on {gpus}", "heading")]
+    for limit in found:
+        lines += _limit(limit, look)
+    return "\n".join(lines)
+
+
+def _limit(limit: Limit, look: Look) -> Iterator[str]:
+    name, unit = _NAMES[limit.field], _UNITS[limit.field]
+    if not limit.largest:
+        short = format_bytes((limit.beyond or 0) - limit.available)
+        yield look.paint(f"  {name}: none, even 1 is {short} too much", "bad")
+        return
+    other = "batch_size" if limit.field == "seq_len" else "seq_len"
+    with_ = f"{getattr(limit.recipe, other)} {_UNITS[other]}"
+    at = f"of {with_} each" if limit.field == "batch_size" else f"in batches of {with_}"
+    yield look.paint(f"  {name}: {limit.largest:,} {unit} {at}", "good")
+    said = f"needs {format_bytes(limit.required or 0, digits=2)} of "
+    said += f"{format_bytes(limit.available, digits=2)}"
+    if limit.beyond is None:
+        said += f"; {limit.why}"
+    else:
+        said += f"; {limit.largest + 1:,} would need {format_bytes(limit.beyond, digits=2)}, "
+        said += f"{format_bytes(limit.beyond - limit.available, digits=1)} too much"
+    yield from (f"    {line}" for line in wrap(said, look.width - 4))
