@@ -126,19 +126,12 @@ def missing(recipe: Recipe) -> tuple[str, ...]:
         needed.append("peft")
     if recipe.quantization or find_optimizer(recipe.optimizer).package == "bitsandbytes":
         needed.append("bitsandbytes")
-    if recipe.attention == "flash_attention_2":
-        needed.append("flash_attn")
     return tuple(name for name in needed if importlib.util.find_spec(name) is None)
 
 
 def check_installed(recipe: Recipe) -> None:
     """Raises NotInstalled, with the line that installs what a trace of `recipe` needs."""
     lacking = missing(recipe)
-    if lacking == ("flash_attn",):
-        raise NotInstalled(
-            "a trace runs the libraries' own code, and flash-attn is not installed: install "
-            "vramplan[flash], or trace with --attention sdpa"
-        )
     if lacking:
         raise NotInstalled(
             f"a trace runs the libraries' own code, and {' and '.join(lacking)} "

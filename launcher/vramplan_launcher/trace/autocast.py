@@ -137,7 +137,13 @@ def registered(key: str) -> set[str]:
 
 
 def _plain_kernel(op: Any) -> Any:
+    """No casts of its own; of a composite operation, what it is made of has its own."""
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    composite = torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key)
+
     def kernel(*args: Any, **kwargs: Any) -> Any:
+        if composite:
+            return op._op_dk(key, *args, **kwargs)
         with _without_autocast():
             return op(*args, **kwargs)
 

@@ -166,6 +166,16 @@ def _softmax(op: Any, inner: Any) -> Any:
     return kernel
 
 
+def _rms_norm(
+    input: torch.Tensor, shape: Any, weight: torch.Tensor | None = None, eps: float | None = None
+) -> torch.Tensor:
+    """`rms_norm_symint` of layer_norm.cpp: one kernel where input and weight are of one dtype."""
+    if weight is not None and weight.dtype != input.dtype:
+        composite = torch._C.DispatchKey.CompositeImplicitAutograd
+        return aten.rms_norm.default._op_dk(composite, input, shape, weight, eps)
+    return aten._fused_rms_norm.default(input, shape, weight, eps)[0]
+
+
 @contextlib.contextmanager
 def cuda_paths(capability: str = "9.0") -> Iterator[None]:
     """While open, composite operations on CPU tensors take the paths they take on CUDA.
@@ -176,6 +186,7 @@ def cuda_paths(capability: str = "9.0") -> Iterator[None]:
     kernels = {
         "scaled_dot_product_attention": functools.partial(_sdpa, capability=capability),
         "dropout": _dropout,
+        "rms_norm": _rms_norm,
         "softmax.int": _softmax(aten.softmax.int, aten._softmax.default),
         "log_softmax.int": _softmax(aten.log_softmax.int, aten._log_softmax.default),
     }

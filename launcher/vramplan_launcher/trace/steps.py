@@ -12,7 +12,15 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vramplan_launcher.trace import autocast, build, cuda_ops, naming, quantized, reduction
+from vramplan_launcher.trace import (
+    autocast,
+    build,
+    cuda_ops,
+    flash,
+    naming,
+    quantized,
+    reduction,
+)
 from vramplan_launcher.trace.blocks import Blocks
 from vramplan_launcher.trace.counting import Counter, Phase
 from vramplan_launcher.trace.reduction import Processors
@@ -97,7 +105,7 @@ def trace(
         watch_peak=watch_peak,
         blocks=Blocks() if chosen["allocator"] == "default" else None,
     )
-    with naming.quiet():
+    with naming.quiet(), flash.package():
         skeleton = build.skeleton(build.hf_config(config, layers, code), chosen, code)
     base = sum(p.numel() for p in skeleton.parameters())
     if chosen["lora"]:
@@ -129,7 +137,7 @@ def cuda_semantics(counter: Counter, capability: str) -> Iterator[None]:
     import_utils.is_fake_tensor = lambda _: False
     try:
         paths = cuda_ops.cuda_paths(capability)
-        with autocast.cuda_lists(), paths, quantized.cuda_backend(counter):
+        with autocast.cuda_lists(), paths, quantized.cuda_backend(counter), flash.package():
             yield
     finally:
         import_utils.is_fake_tensor = was

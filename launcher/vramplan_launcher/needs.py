@@ -1,0 +1,95 @@
+"""What a job needs that may not be here, found before anything heavy starts. Needs no torch."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+from vramplan.errors import UserError
+from vramplan_launcher.job import Job
+from vramplan_launcher.trace.api import INSTALL, missing
+
+
+def check_installed(job: Job) -> None:
+    """Raises UserError, with the line that installs what the job runs."""
+    lacking = list(missing(job.recipe))
+    if job.recipe.deepspeed is not None and importlib.util.find_spec("deepspeed") is None:
+        lacking.append("deepspeed")
+    if job.data is not None and importlib.util.find_spec("datasets") is None:
+        lacking.append("datasets")
+    if lacking == ["flash_attn"]:
+        raise UserError(
+            "attention flash_attention_2 needs the package flash-attn, which is not installed: "
+            "pip install 'vramplan[flash]' --no-build-isolation, or take --attention sdpa, which "
+            "needs as much memory"
+        )
+    if lacking:
+        raise UserError(
+            f"a launched run needs {' and '.join(lacking)}, which "
+            f"{'is' if len(lacking) == 1 else 'are'} not installed: {INSTALL}"
+        )
+
+
+def check_cards(job: Job, here: int, reason: str, *, machines: int = 1) -> None:
+    """Raises UserError where the job's processes have no card each.
+
+    `here`: cards that the driver shows; `reason`: why it shows none.
+    """
+    if job.cpu:
+        return
+    if here == 0:
+        if Path("/dev/kfd").exists():  # an AMD card: torch sees it, NVML does not
+            return
+        raise UserError(
+            f"no GPU to run on. {reason} Add --cpu to run it on the processor, without memory "
+            "figures; `vramplan estimate` says what it would need"
+        )
+    each = -(-job.processes // machines)
+    if each > here:
+        raise UserError(
+            f"{each} processes need as many GPUs, and this machine shows {here}. Lower "
+            "--world-size, or measure one rank of them with --pretend-ranks"
+        )
+
+
+def free_stale_locks(folder: Path | None = None) -> list[Path]:
+    """Removes the locks of builds that died: DeepSpeed would wait for them without end.
+
+    torch builds extensions under a lock file that its builder holds open
+    (torch/utils/file_baton.py); one that no process holds open was left behind. Linux only.
+    """
+    processes = Path("/proc")
+    if not (processes / "self" / "fd").is_dir():
+        return []
+    given = os.environ.get("TORCH_EXTENSIONS_DIR")
+    root = folder or Path(given or Path.home() / ".cache" / "torch_extensions")
+    gone = []
+    for lock in (*root.glob("*/lock"), *root.glob("*/*/lock")):
+        if not any(_holds(process, lock) for process in processes.glob("[0-9]*")):
+            lock.unlink(missing_ok=True)
+            gone.append(lock)
+    return gone
+
+
+def _holds(process: Path, file: Path) -> bool:
+    """Whether a process has the file open; of other users' processes that is not told."""
+    try:
+        return any(os.readlink(fd) == str(file.resolve()) for fd in (process / "fd").iterdir())
+    except OSError:
+        return False
+
+
+def check_port(job: Job) -> dict[str, str]:
+    """Of one process on the processor: a free port for the process group that accelerate makes.
+
+    Its default is the same for all (accelerate 1.15, state.py, PartialState), so two runs at a
+    time would collide.
+    """
+    if not job.cpu or job.processes > 1 or "MASTER_PORT" in os.environ:
+        return {}
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}

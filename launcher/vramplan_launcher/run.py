@@ -1,0 +1,257 @@
+"""The parent: makes the run's folder, starts the ranks, watches them, and ends them all.
+
+It needs no torch. Ranks are started by Python, torchrun or deepspeed, in a session of their own,
+so that Ctrl-C reaches them through `Watch` alone.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from vramplan.errors import UserError
+from vramplan_launcher.command import Launcher, Nodes, command_for, environment_for
+from vramplan_launcher.failures import diagnose
+from vramplan_launcher.files import write_json, write_text
+from vramplan_launcher.job import Job
+from vramplan_launcher.measurement import assemble, reports, write_measurement
+from vramplan_launcher.needs import check_port, free_stale_locks
+from vramplan_launcher.watch import Watch
+
+LOG = "log.txt"
+CODES = {"ended": 0, "does_not_fit": 1, "refused": 2, "out_of_memory": 3, "failed": 4}
+"""Exit codes by outcome; an interrupted run's is 130."""
+INTERRUPTED = 130
+_TAIL = 200_000
+"""Characters of the log in which the cause of a failure is looked for."""
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_LAST_WRITTEN = "trainer_state.json"
+"""Trainer._save_checkpoint (transformers 5.17) writes it after everything else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """How the ranks of a job are started."""
+
+    launcher: Launcher = "auto"
+    """auto: plain Python for one rank, DeepSpeed's for a hostfile, else torchrun."""
+    nodes: Nodes | None = None
+    """Several machines; None is this one."""
+    echo: bool = False
+    """Show all that the ranks print."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a run ended."""
+
+    outcome: str
+    folder: Path
+    measurement: dict[str, Any] = field(repr=False)
+    sentence: str = ""
+    """What went wrong, and what to do about it."""
+
+    @property
+    def code(self) -> int:
+        """The exit code."""
+        return CODES.get(self.outcome, INTERRUPTED)
+
+
+# --- folders --------------------------------------------------------------------------------
+
+
+def new_folder(wanted: Path, *, exactly: bool) -> Path:
+    """Makes the run's folder: `wanted`, or the next free name after it unless `exactly`.
+
+    Raises UserError rather than write into a folder that is there.
+    """
+    for number in range(1, 10_000):
+        folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            if exactly:
+                raise UserError(
+                    f"{str(wanted)!r} is there already, and a run's folder is never overwritten: "
+                    "name another with --output, or go on with it by --resume"
+                ) from None
+            continue
+        except OSError as error:
+            raise UserError(f"can't make {str(folder)!r}: {error.strerror}") from error
+        return folder
+    raise UserError(f"no free name after {str(wanted)!r}")
+
+
+def folder_name(job: Job, model: str) -> str:
+    """ "Llama-3.2-1B-qlora": what a run is called where no name is given."""
+    recipe = job.recipe
+    method = "full" if recipe.lora is None else "lora"
+    if recipe.lora is not None and recipe.quantization is not None:
+        method = "int8-lora" if recipe.quantization == "int8" else "qlora"
+    zero = "" if recipe.deepspeed is None else f"-zero{recipe.deepspeed.stage}"
+    return f"{re.sub(r'[^A-Za-z0-9._-]', '-', model.rsplit('/', 1)[-1])}-{method}{zero}"
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints that were written to their end, the newest last."""
+    found = [
+        (int(match[1]), path)
+        for path in (folder / "checkpoints").glob("checkpoint-*")
+        if (match := _CHECKPOINT.fullmatch(path.name)) and (path / _LAST_WRITTEN).exists()
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def drop_incomplete(folder: Path) -> list[str]:
+    """Deletes checkpoints that a death cut off; earlier ones are left alone. Their names."""
+    import shutil
+
+    kept = set(complete_checkpoints(folder))
+    gone = [p for p in (folder / "checkpoints").glob("checkpoint-*") if p not in kept]
+    for path in gone:
+        shutil.rmtree(path, ignore_errors=True)
+    return [path.name for path in gone]
+
+
+def resumed(job: Job, folder: Path) -> Job:
+    """`job` going on from the newest complete checkpoint of a run's folder, or of a checkpoint.
+
+    Raises UserError where there is none.
+    """
+    if (folder / _LAST_WRITTEN).exists():
+        checkpoint = folder
+    else:
+        found = complete_checkpoints(folder)
+        if not found:
+            raise UserError(f"no complete checkpoint in {str(folder)!r} to resume from")
+        checkpoint = found[-1]
+    return replace(job, training=replace(job.training, resume=str(checkpoint.resolve())))
+
+
+# --- a run ----------------------------------------------------------------------------------
+
+
+def launch(
+    job: Job,
+    folder: Path,
+    *,
+    prediction: Mapping[str, Any] | None = None,
+    how: Launch = Launch(),  # noqa: B008
+    hear: Callable[[dict[str, Any]], None] = lambda event: None,
+    beside: Mapping[str, Any] | None = None,
+) -> Outcome:
+    """Runs `job` in `folder`, which `new_folder` made, to its end.
+
+    `hear` gets every event of the ranks; `beside` goes into job.json.
+    """
+    more = {"prediction": prediction, **(beside or {})}
+    path = job.write(folder, **more)
+    _write_ds_config(job, folder)
+    local = local_processes(job, how)
+    command = command_for(
+        path.resolve(), processes=job.processes, nodes=how.nodes, launcher=how.launcher
+    )
+    environment = environment_for(
+        job.recipe, processes=local, cores=os.cpu_count(), given=os.environ
+    )
+    environment |= check_port(job)
+    if job.cpu:
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    if job.recipe.deepspeed is not None:
+        free_stale_locks()
+    _write_command(folder, command, environment)
+    began = time.time()
+    watch = Watch(
+        command,
+        {**os.environ, **environment},
+        folder / LOG,
+        hear=hear,
+        echo=how.echo,
+    )
+    code = watch.run()
+    ranks = reports(folder)
+    failure = _failure(code, ranks, folder, local, watch)
+    document = assemble(
+        job,
+        more,
+        ranks,
+        name=folder.name,
+        expected=local if not watch.interrupted else len(ranks) or 1,
+        seconds=time.time() - began,
+        failure=failure,
+    )
+    if watch.interrupted and document["outcome"] in ("ended", "failed"):
+        document["outcome"] = "interrupted"
+    dropped = drop_incomplete(folder)
+    if dropped:
+        document["notes"].append(f"deleted what was half-written: {', '.join(dropped)}")
+    write_measurement(folder, document)
+    return Outcome(
+        outcome=document["outcome"],
+        folder=folder,
+        measurement=document,
+        sentence="" if failure is None else f"{failure['sentence']} {failure['advice']}".strip(),
+    )
+
+
+def local_processes(job: Job, how: Launch) -> int:
+    """Of this machine; with a hostfile of all, since one parent starts them."""
+    if how.nodes is None or how.nodes.hostfile is not None or job.processes == 1:
+        return job.processes
+    return max(1, job.processes // how.nodes.count)
+
+
+def _failure(
+    code: int, ranks: Sequence[Mapping[str, Any]], folder: Path, expected: int, watch: Watch
+) -> dict[str, Any] | None:
+    """What went wrong, in a sentence; None where nothing did."""
+    refused = next((rank for rank in ranks if rank["outcome"] == "refused"), None)
+    if refused is not None:
+        return {"kind": "refused", "sentence": str(refused["error"]), "advice": "", "code": code}
+    ends = {rank["outcome"] for rank in ranks}
+    if watch.interrupted or (ends <= {"ended", "interrupted"} and len(ranks) >= expected):
+        return None
+    if "out_of_memory" in ends:
+        return None  # told with its figures
+    log = folder / LOG
+    text = log.read_text(encoding="utf-8", errors="replace")[-_TAIL:] if log.exists() else ""
+    found = diagnose(watch.worst(code), text, log_path=log)
+    return {
+        "kind": found.kind,
+        "sentence": found.sentence,
+        "advice": found.advice,
+        "code": watch.worst(code),
+        "log": str(log),
+    }
+
+
+def _write_ds_config(job: Job, folder: Path) -> None:
+    if job.recipe.deepspeed is None:
+        return
+    from vramplan.models.hf_config import architecture
+    from vramplan.models.locate import locate
+    from vramplan_launcher.deepspeed_config import Hyperparameters, ds_config
+
+    train = job.training
+    hyper = Hyperparameters(
+        learning_rate=job.learning_rate,
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+    )
+    arch = architecture(locate(job.model).config)
+    write_json(folder / "ds_config.json", ds_config(arch, job.recipe, hyper=hyper).values)
+
+
+def _write_command(folder: Path, command: Sequence[str], environment: Mapping[str, str]) -> None:
+    """What was started, to be started again by hand."""
+    lines = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
+    lines.append(shlex.join(command))
+    write_text(folder / "command.sh", "#!/bin/sh\n" + "\n".join(lines) + "\n")
+
+
