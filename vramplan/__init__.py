@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     )
     from vramplan.memory.estimate import Estimate, estimate
     from vramplan.models.architecture import Architecture
+    from vramplan.planner.goal import Goal
+    from vramplan.planner.plan import Plan, fit
     from vramplan.recipe.deepspeed import DeepSpeed
     from vramplan.recipe.recipe import LoRA, Recipe
 
@@ -40,17 +42,20 @@ _HOMES = {
     "DeepSpeed": "vramplan.recipe.deepspeed",
     "Estimate": "vramplan.memory.estimate",
     "GatedModel": "vramplan.errors",
+    "Goal": "vramplan.planner.goal",
     "IllegalRecipe": "vramplan.errors",
     "InvalidValue": "vramplan.errors",
     "LoRA": "vramplan.recipe.recipe",
     "ModelNotFound": "vramplan.errors",
     "Offline": "vramplan.errors",
+    "Plan": "vramplan.planner.plan",
     "Recipe": "vramplan.recipe.recipe",
     "TimedOut": "vramplan.errors",
     "UnknownName": "vramplan.errors",
     "UserError": "vramplan.errors",
     "VramplanError": "vramplan.errors",
     "estimate": "vramplan.memory.estimate",
+    "fit": "vramplan.planner.plan",
 }
 
 __all__ = [
@@ -59,11 +64,13 @@ __all__ = [
     "DeepSpeed",
     "Estimate",
     "GatedModel",
+    "Goal",
     "IllegalRecipe",
     "InvalidValue",
     "LoRA",
     "ModelNotFound",
     "Offline",
+    "Plan",
     "Recipe",
     "TimedOut",
     "UnknownName",
@@ -71,6 +78,7 @@ __all__ = [
     "VramplanError",
     "__version__",
     "estimate",
+    "fit",
 ]
 
 
