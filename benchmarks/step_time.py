@@ -1,17 +1,18 @@
-"""Predicted against measured step times: the runs in tests/measured/step_time*.json.
+"""Step times, predicted against measured: the runs in tests/measured/step_time*.json.
 
-    python benchmarks/step_time.py
+python benchmarks/step_time.py            # tables
+python benchmarks/step_time.py --parts    # and where each prediction's time goes
+python benchmarks/step_time.py --write    # writes the tables into docs/timing.md
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from measured import FOLDER, recipe_of
 
@@ -19,73 +20,130 @@ from vramplan.hardware.catalogue import parse_gpu
 from vramplan.models.hf_config import architecture
 from vramplan.timing.step import StepTime, step_time
 
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "timing.md"
+BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
+FEWEST = 5  # runs of one model in whose rank correlation something can be seen
+
 
 class Timed(NamedTuple):
-    """A measured run and its prediction."""
+    """A measured run, and what is predicted of it."""
 
     id: str
     model: str
+    use: str
+    """given | held out | repeat | calibration"""
     measured: float
     predicted: StepTime
-    file: str
+    before: float | None
+    """Seconds that were predicted before the run was made."""
 
     @property
     def error(self) -> float:
-        """Relative: above zero where the prediction is slower than the run."""
+        """Above zero: predicted slower than it ran."""
         return self.predicted.seconds / self.measured - 1
 
+    @property
+    def error_before(self) -> float | None:
+        """The same of what was predicted before the run."""
+        return None if self.before is None else self.before / self.measured - 1
 
-def timed(name: str) -> list[Timed]:
-    """The runs of tests/measured/<name>.json."""
+
+def timed() -> list[Timed]:
+    """All runs."""
+    return [run for path in sorted(FOLDER.glob("step_time*.json")) for run in _read(path)]
+
+
+def _read(path: Path) -> Iterator[Timed]:
     models = json.loads((FOLDER / "models.json").read_text(encoding="utf-8"))
-    document = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    document = json.loads(path.read_text(encoding="utf-8"))
     if isinstance(document, dict):
         models, document = {**models, **document["models"]}, document["runs"]
-    return [_timed(entry, models, name) for entry in document]
+    for entry in document:
+        yield _timed(entry, models)
 
 
-def _timed(entry: dict[str, Any], models: dict[str, Any], name: str) -> Timed:
+def _timed(entry: dict[str, Any], models: dict[str, Any]) -> Timed:
     case = entry["case"]
     arch = architecture(models[case["model"]])
-    gpus = parse_gpu(entry.get("gpu", "h200"))
-    predicted = step_time(arch, recipe_of(case), gpus)
-    return Timed(case["id"], case["model"], entry["step_seconds_median"], predicted, name)
+    predicted = step_time(arch, recipe_of(case), parse_gpu(entry.get("gpu", "h200")))
+    return Timed(
+        id=case["id"].removeprefix("time-"),
+        model=case["model"],
+        use=entry.get("use", "given"),
+        measured=entry["step_seconds_median"],
+        predicted=predicted,
+        before=entry.get("predicted_before"),
+    )
 
 
-def kendall(pairs: list[tuple[float, float]]) -> float:
-    """Kendall's tau-a."""
+def kendall(pairs: Sequence[tuple[float, float]]) -> float:
+    """Kendall's tau: pairs in the same order, less those in the opposite one, of all."""
     score = total = 0
     for i, (a, b) in enumerate(pairs):
         for c, d in pairs[:i]:
             total += 1
-            score += (a - c) * (b - d) > 0
-            score -= (a - c) * (b - d) < 0
-    return score / total if total else 1.0
+            product = (a - c) * (b - d)
+            score += (product > 0) - (product < 0)
+    return score / total
 
 
-def table(runs: list[Timed]) -> str:
-    lines = ["| run | measured, ms | predicted, ms | error |", "| --- | ---: | ---: | ---: |"]
-    for r in runs:
-        ms = 1000 * r.predicted.seconds
-        lines.append(f"| {r.id} | {1000 * r.measured:.1f} | {ms:.1f} | {100 * r.error:+.1f} % |")
-    return "\n".join(lines)
+def by_model(runs: Sequence[Timed]) -> dict[str, list[Timed]]:
+    """The models with several runs (repeats of a run have the same prediction: left out)."""
+    out: dict[str, list[Timed]] = {}
+    for run in runs:
+        if run.use in ("given", "held out"):
+            out.setdefault(run.model, []).append(run)
+    return {model: mine for model, mine in out.items() if len(mine) >= FEWEST}
+
+
+def summary(name: str, errors: Sequence[float]) -> str:
+    """One line of figures."""
+    sizes = sorted(map(abs, errors))
+    within = sum(size <= 0.15 for size in sizes)
+    return (
+        f"{name}: {len(sizes)} runs, median error {100 * median(sizes):.1f} %, "
+        f"worst {100 * sizes[-1]:.1f} %, {within} within 15 %"
+    )
+
+
+def tables(runs: Sequence[Timed]) -> str:
+    """Markdown: what is predicted of every run, and how far off that is."""
+    lines = []
+    for use in ("given", "held out", "repeat", "calibration"):
+        mine = [run for run in runs if run.use == use]
+        lines += ["", f"**{summary(use.capitalize(), [run.error for run in mine])}.**"]
+        before = [run.error_before for run in mine if run.error_before is not None]
+        if before:
+            lines += ["", f"{summary('As predicted before the runs were made', before)}."]
+        lines += ["", "| run | measured, ms | predicted, ms | error | before |"]
+        lines += ["| --- | ---: | ---: | ---: | ---: |"]
+        lines += [_row(run) for run in mine]
+    lines += ["", "Kendall's rank correlation among the runs of one model:", ""]
+    for model, mine in by_model(runs).items():
+        tau = kendall([(run.predicted.seconds, run.measured) for run in mine])
+        lines.append(f"- {model}: {tau:.2f} ({len(mine)} runs)")
+    return "\n".join(lines).strip()
+
+
+def _row(run: Timed) -> str:
+    before = "" if run.error_before is None else f"{100 * run.error_before:+.1f} %"
+    predicted = 1000 * run.predicted.seconds
+    error = f"{100 * run.error:+.1f} %"
+    return f"| {run.id} | {1000 * run.measured:.1f} | {predicted:.1f} | {error} | {before} |"
 
 
 def main() -> None:
-    for path in sorted(FOLDER.glob("step_time*.json")):
-        runs = timed(path.stem)
-        print(f"\n## {path.name}\n\n{table(runs)}\n")
-        errors = [abs(r.error) for r in runs]
-        print(f"{len(runs)} runs, median error {100 * median(errors):.1f} %, "
-              f"worst {100 * max(errors):.1f} %")
-        for model in sorted({r.model for r in runs}):
-            mine = [(r.predicted.seconds, r.measured) for r in runs if r.model == model]
-            if len(mine) > 2:
-                print(f"  {model}: {len(mine)} runs, Kendall {kendall(mine):.2f}")
-        if "-v" in sys.argv:
-            for r in runs:
-                parts = {k: round(1000 * v, 1) for k, v in r.predicted.parts.items() if v}
-                print(f"{r.id:34} {1000 * r.measured:7.1f} {parts}")
+    runs = timed()
+    print(tables(runs))
+    if "--parts" in sys.argv:
+        for run in runs:
+            parts = {k: round(1000 * v, 1) for k, v in run.predicted.parts.items() if v}
+            print(f"{run.id:44} {1000 * run.measured:7.1f} ms {parts}")
+    if "--write" in sys.argv:
+        head, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+        tail = rest.split(END)[1]
+        PAGE.write_text(f"{head}{BEGIN}\n{tables(runs)}\n{END}{tail}", encoding="utf-8")
 
 
 if __name__ == "__main__":

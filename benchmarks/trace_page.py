@@ -120,7 +120,9 @@ def page(wanted: list[Cell], done: dict[str, Cell]) -> str:
     pairs = paired(wanted, done)
     ran = [c for c in pairs if "peak" in c]
     regimes = [c for c in ran if not c["regime"].startswith("optimizer")]
-    beyond = sorted((c for c in ran if abs(worst_of(c)[0]) > LIMIT), key=lambda c: -abs(worst_of(c)[0]))
+    beyond = sorted(
+        (c for c in ran if abs(worst_of(c)[0]) > LIMIT), key=lambda c: -abs(worst_of(c)[0])
+    )
     older = sum(stale(c, done[c["id"]]) for c in wanted if "peak" in done.get(c["id"], {}))
     libraries = ", ".join(f"{name} {version}" for name, version in cache.versions().items())
     lines = [

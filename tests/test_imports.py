@@ -39,7 +39,10 @@ MAY_IMPORT = {
 }
 # Third-party packages that may be imported at the top of a module, by room.
 EAGER = {"cli": {"click"}}
-LAZY = {"click", "rich", "pynvml", "huggingface_hub", "tomli", "vramplan_launcher", "yaml"}
+LAZY = {
+    *("click", "matplotlib", "rich", "pynvml", "huggingface_hub", "tomli", "yaml"),
+    "vramplan_launcher",
+}
 
 
 def imported_by(code: str, *arguments: str) -> set[str]:

@@ -86,6 +86,7 @@ def training_arguments(recipe: Recipe, hyper: Hyperparameters = Hyperparameters(
         settings["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     body = "".join(f'    "{name}": {_python(value)},\n' for name, value in settings.items())
     dtype = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[recipe.dtype]
+    more = _beside(recipe)
     conf = ""
     if recipe.allocator == "expandable_segments":
         conf = "Start it with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True.\n"
@@ -94,7 +95,7 @@ def training_arguments(recipe: Recipe, hyper: Hyperparameters = Hyperparameters(
     return f'''"""TrainingArguments for the ds_config.json beside this file.
 
 Written by `vramplan config`.
-{first}Load the model with dtype=torch.{dtype} and attn_implementation="{recipe.attention}".
+{first}Load the model with dtype=torch.{dtype} and attn_implementation="{recipe.attention}"{more}.
 {conf}Trainer refuses values that differ from ds_config.json's: change both.
 """
 
@@ -140,6 +141,16 @@ def value_of(config: Config, key: str) -> str:
 def _stage(recipe: Recipe) -> int:
     assert recipe.deepspeed is not None
     return recipe.deepspeed.stage
+
+
+def _beside(recipe: Recipe) -> str:
+    """What else the model is made with, for the reader."""
+    said = (
+        f",\nits linear weights quantized to {recipe.quantization}" if recipe.quantization else ""
+    )
+    if recipe.lora is not None:
+        said += f",\nand give it LoRA adapters of rank {recipe.lora.rank}"
+    return said
 
 
 def _python(value: object) -> str:

@@ -143,10 +143,10 @@ class _Trial:
     def alone(self) -> None:
         """What pays nothing whatever the room: a second bucket for one rank, an overlong one."""
         zero, ranks = self.sizes.zero, self.sizes.recipe.world_size
-        if zero.stage in (1, 2) and ranks == 1 and "overlap_comm" in self.open:
-            if self.need(overlap_comm=False) <= self.first:
-                reason = "one rank reduces nothing: a second bucket pays nothing"
-                self.sizes.set(reason, overlap_comm=False)
+        alone = zero.stage in (1, 2) and ranks == 1 and "overlap_comm" in self.open
+        if alone and self.need(overlap_comm=False) <= self.first:
+            reason = "one rank reduces nothing: a second bucket pays nothing"
+            self.sizes.set(reason, overlap_comm=False)
         bucket = zero.reduce_bucket_size
         if "reduce_bucket_size" in self.open and isinstance(bucket, int) and bucket > self.trained:
             self.sizes.set(
@@ -196,7 +196,11 @@ class _Trial:
 
     def _say_overlap(self) -> None:
         zero = self.sizes.zero
-        if zero.stage not in (1, 2) or "overlap_comm" in self.sizes.reasons:
+        if zero.stage == 0 or "overlap_comm" in self.sizes.reasons:
+            return
+        if zero.stage == 3:
+            said = "gradients are reduced while backward runs on; stage 3 has no second bucket"
+            self.sizes.reasons["overlap_comm"] = said
             return
         cost = self.need() - self.need(overlap_comm=False)
         if cost > 0:

@@ -93,8 +93,13 @@ class Session:
             return folder
         return self.located.id
 
+    @property
+    def _reads(self) -> bool:
+        """Whether there is text; random tokens need no tokenizer."""
+        return bool(self.job.data and self.job.data.get("source"))
+
     def _tokenizer(self, source: str | Path) -> Any:
-        if self.job.data is None:
+        if not self._reads:
             return None
         from transformers import AutoTokenizer
 
@@ -213,7 +218,7 @@ class Session:
         beside, final = self.folder / f".{name}", self.folder / name
         trainer.save_model(str(beside))  # all ranks: ZeRO 3 gathers
         if self.rank == 0:
-            if self.job.data is not None:
+            if self._reads:
                 self._tokenizer(self._home()).save_pretrained(beside)
             shutil.rmtree(final, ignore_errors=True)
             beside.rename(final)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 from vramplan.cli.main import main
 
 SMALL = "meta-llama/Llama-3.2-1B"
+ROOT = Path(__file__).parents[2]
 FILES = ["REASONS.md", "accelerate_config.yaml", "ds_config.json", "training_arguments.py"]
 Captured = pytest.CaptureFixture[str]
 
@@ -50,6 +54,22 @@ def test_what_is_written_is_what_is_estimated(tmp_path: Path, capsys: Captured) 
     assert found["required"] == document["required"]
     assert found["recipe"] == document["recipe"]
     assert shown.err == ""
+
+
+def test_it_loads_nothing_heavy(tmp_path: Path) -> None:
+    command = ["config", SMALL, "--zero", "3", "--gpu", "24GB", "--out", str(tmp_path)]
+    code = (
+        "import sys; from vramplan.cli.main import main; "
+        f"code = main({command!r}); assert code in (0, 1), code; "
+        "heavy = {'torch', 'transformers', 'deepspeed', 'numpy', 'yaml', 'hjson'}; "
+        "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
+    )
+    paths = os.pathsep.join((str(ROOT), str(ROOT / "launcher")))
+    environment = {**os.environ, "PYTHONPATH": paths}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_hf_auto(tmp_path: Path) -> None:

@@ -161,8 +161,12 @@ def test_json_holds_what_was_asked_for_besides(capsys: Captured) -> None:
         (("--zero", "1"), Recipe(deepspeed=DeepSpeed(stage=1))),
         (("--zero", "2", "--world-size", "1k"), Recipe(deepspeed=DeepSpeed(), world_size=1024)),
         (
-            ("--zero", "3", "--offload-optimizer", "cpu", "--offload-param", "nvme"),
-            Recipe(deepspeed=DeepSpeed(stage=3, offload_optimizer="cpu", offload_param="nvme")),
+            ("--zero", "3", "--offload-optimizer", "cpu", "--offload-param", "cpu"),
+            Recipe(deepspeed=DeepSpeed(stage=3, offload_optimizer="cpu", offload_param="cpu")),
+        ),
+        (
+            ("--zero", "3", "--offload-optimizer", "nvme", "--nvme-path", "/nvme"),
+            Recipe(deepspeed=DeepSpeed(stage=3, offload_optimizer="nvme", nvme_path="/nvme")),
         ),
         (("--zero", "no"), Recipe()),
     ],

@@ -31,7 +31,11 @@ WRONG = {
     "unknown precision": ((SMALL, "--mixed-precision", "fp8"), "allowed are no, bf16, fp16"),
     "unknown quantization": ((SMALL, "--quantization", "4bit", "--lora"), "nearest: 'nf4'"),
     "unknown optimizer": ((SMALL, "--optim", "adamv"), "nearest: 'adamw_torch"),
-    "optimizer elsewhere": ((SMALL, "--optim", "lomo"), "package lomo_optim"),
+    "optimizer elsewhere": ((SMALL, "--optim", "adamw_torch_xla"), "no CUDA GPU runs it"),
+    "projection of nothing": (
+        (SMALL, "--optim", "galore_adamw", "--optim-target-modules", "c_attn"),
+        "allowed are down_proj, gate_proj",
+    ),
     "no such paged one": ((SMALL, "--optim", "paged_sgd"), "adamw, ademamix and lion only"),
     "unknown attention": ((SMALL, "--attention", "flash"), "nearest: 'flash_attention_2'"),
     "unknown allocator": ((SMALL, "--allocator", "x"), "expandable_segments, default"),

@@ -1,6 +1,7 @@
 """A child process that has DeepSpeed and transformers read configs: one import for all of them.
 
-stdin: a list of {"values", "ranks", "settings", "hidden"}; stdout's last line: what was read.
+stdin: {"cases": a list of {"values", "ranks", "settings", "hidden"}, "accelerate": paths of YAML,
+"odd": configs to accept or refuse}; stdout's last line: what was read.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
+from accelerate.commands.config.config_args import load_config_from_file
 from deepspeed.runtime import config as ds
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.zero import config as zero
@@ -74,6 +76,15 @@ def filled(values: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:
     return config.config
 
 
+def accepts(values: dict[str, Any]) -> bool:
+    deepspeed.comm.get_world_size = lambda *_: 1
+    try:
+        ds.DeepSpeedConfig(values)
+    except Exception:
+        return False
+    return True
+
+
 def names(model: Any) -> list[str]:
     fields = model.model_fields
     return [*fields, *(f.alias for f in fields.values() if f.alias)]
@@ -102,11 +113,15 @@ def known() -> dict[str, list[str]]:
 
 
 def main() -> None:
+    asked = json.load(sys.stdin)
     read = []
-    for case in json.load(sys.stdin):
+    for case in asked["cases"]:
         values = filled(case["values"], case)
         read.append({"filled": values, "parsed": parsed(values, case["ranks"])})
-    print("\n" + json.dumps({"read": read, "known": known()}))
+    odd = [accepts(values) for values in asked["odd"]]
+    clusters = [load_config_from_file(path).to_dict() for path in asked["accelerate"]]
+    found = {"read": read, "known": known(), "accelerate": clusters, "odd": odd}
+    print("\n" + json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from vramplan.reports.comparison import Comparison, Side, percent, render
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from vramplan_launcher.trace import compare
+from vramplan_launcher.trace import compare, stretches
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -57,6 +57,9 @@ def test_what_a_description_forgets_is_found(monkeypatch: pytest.MonkeyPatch) ->
     assert parting is not None
     assert (parting.phase, parting.section, parting.what) == ("forward", "layer 0", "what it keeps")
     assert parting.estimate - parting.trace == pytest.approx(2 * 512 * 256 * 2, abs=4096)
+    assert parting.first.startswith("mul forward in ")
+    assert "Llama.mlp" in parting.first
+    assert "512.0 KiB, only in the estimate, after aten.mm.default in model.layers.0.mlp" in parting.first
     assert parting.only_in_estimate[0].startswith("512.0 KiB: ")
     assert parting.only_in_trace == ()
 
@@ -72,7 +75,7 @@ def test_what_a_description_forgets_is_found(monkeypatch: pytest.MonkeyPatch) ->
     ],
 )
 def test_the_layer_is_the_first_number(module: str, layer: int | None) -> None:
-    assert compare.layer_of(module) == layer
+    assert stretches.layer_of(module) == layer
 
 
 def test_the_report_is_readable() -> None:

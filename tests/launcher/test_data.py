@@ -16,24 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from vramplan_launcher.data import DataSpec, load_data
 
 # One token a word: what is expected can be counted by eye.
-WORDS = [
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "mat",
-    "hello",
-    "world",
-    "a",
-    "b",
-    "c",
-    "d",
-    "e",
-    "f",
-    "<user>",
-    "<assistant>",
-    "<system>",
-]
+WORDS = [*"abcdef", "the", "cat", "sat", "on", "mat", "hello", "world"]
+WORDS += ["<user>", "<assistant>", "<system>"]
 SPECIAL = ["<unk>", "</s>", "<pad>", "<s>"]
 VOCABULARY = {word: number for number, word in enumerate([*SPECIAL, *WORDS])}
 EOS, PAD, BOS = (VOCABULARY[name] for name in ("</s>", "<pad>", "<s>"))
@@ -336,3 +320,75 @@ def test_random_tokens_need_no_tokenizer() -> None:
     assert len(list(other.train)) == 64
     held = load_data(DataSpec(eval_split=0.1), None, seq_len=16, seed=1, vocab_size=50)
     assert len(held.evaluation) == 6
+
+
+def tiny() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        attn_implementation="sdpa",
+    )
+    return LlamaForCausalLM(config)
+
+
+def test_padding_without_a_mask_changes_no_loss(tmp_path: Path) -> None:
+    rows = [{"text": "the cat"}, {"text": "a b c d e f"}]
+    path = write(tmp_path / "a.jsonl", rows)
+    model, losses = tiny(), []
+    for mask in (False, True):
+        made = load(path, packing=False, seq_len=7, padding_mask=mask)
+        batch = made.collator([made.train[0], made.train[1]])
+        assert bool(batch["attention_mask"].all()) is not mask
+        losses.append(model(**batch).loss.item())
+    # What stands to the right of a token is not looked at: the mask adds nothing but its kernel.
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_a_mask_of_ones_is_dropped_and_one_of_padding_is_not() -> None:
+    from transformers.masking_utils import create_causal_mask
+
+    def mask(ones: torch.Tensor) -> Any:
+        return create_causal_mask(
+            config=tiny().config,
+            inputs_embeds=torch.zeros(2, 4, 16),
+            attention_mask=ones,
+            past_key_values=None,
+        )
+
+    ones = torch.ones(2, 4, dtype=torch.long)
+    assert mask(ones) is None  # sdpa is then called with is_causal=True
+    padded = ones.clone()
+    padded[0, -1] = 0
+    assert mask(padded).shape == (2, 1, 4, 4)
+
+
+def test_trainer_takes_it(tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    path = write(tmp_path / "a.jsonl", [{"text": "the cat sat on mat"}] * 8)
+    made = load(path, seq_len=6, eval_split=0.25)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "out"),
+        use_cpu=True,
+        report_to="none",
+        max_steps=2,
+        per_device_train_batch_size=2,
+        save_strategy="no",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    trainer = Trainer(
+        model=tiny(),
+        args=arguments,
+        train_dataset=made.train,
+        eval_dataset=made.evaluation,
+        data_collator=made.collator,
+    )
+    assert trainer.train().training_loss > 0
+    assert trainer.evaluate()["eval_loss"] > 0

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import pytest
 from vramplan_launcher.deepspeed_config import Config, Hyperparameters, ds_config
-from vramplan_launcher.deepspeed_files import training_arguments
+from vramplan_launcher.deepspeed_files import accelerate_config, training_arguments
 
-from vramplan.errors import IllegalRecipe
+from vramplan.errors import IllegalRecipe, UserError
 from vramplan.hardware.catalogue import parse_gpu
 from vramplan.models.architecture import Architecture
 from vramplan.models.hf_config import architecture
@@ -43,6 +43,8 @@ OPTIMIZERS: dict[str, tuple[str | None, dict[str, Any] | None]] = {
     "adagrad": ("adagrad", LR),
     "sgd": (None, None),
 }
+CLUSTERS = ((0, 1, 1), (3, 16, 2))
+"""Stage, GPUs and machines of an accelerate config."""
 OFFLOADS = (None, "cpu", "nvme")
 
 
@@ -63,6 +65,26 @@ class Case(NamedTuple):
             "hidden": TINY["hidden_size"],
         }
         return [{"values": c.values, **same} for c in (self.config, self.auto)]
+
+
+def odd() -> list[dict[str, Any]]:
+    """Configs with one value that can't be, or can, of every key that is honoured."""
+    keys = {key for key in ds_keys.KNOWN if ds_keys.kind_of(key, 7) == "honoured"}
+    found = []
+    for key, stage in itertools.product(sorted(keys), (0, 1, 3)):
+        for value in (None, True, False, 0, 1, -1, 1.5, 2e8, float("nan"), "x", [], [1], {"a": 1}):
+            values: dict[str, Any] = {
+                "train_micro_batch_size_per_gpu": 1,
+                "zero_optimization": {"stage": stage},
+            }
+            table = values
+            *sections, last = key.split(".")
+            for name in sections:
+                table = table.setdefault(name, {})
+            table[last] = value
+            if values["train_micro_batch_size_per_gpu"] is not None:
+                found.append(values)
+    return found
 
 
 def tiny() -> Architecture:
@@ -120,10 +142,21 @@ def cases() -> list[Case]:
 
 
 @pytest.fixture(scope="module")
-def answers(cases: list[Case]) -> dict[str, Any]:
+def answers(cases: list[Case], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("accelerate")
+    files = []
+    for stage, ranks, machines in CLUSTERS:
+        recipe = Recipe(deepspeed=DeepSpeed(stage=stage), world_size=ranks)  # type: ignore[arg-type]
+        files.append(folder / f"{stage}.yaml")
+        files[-1].write_text(accelerate_config(recipe, "a b/ds_config.json", machines))
+    asked = {
+        "cases": [asked for case in cases for asked in case.asked()],
+        "accelerate": [str(path) for path in files],
+        "odd": odd(),
+    }
     done = subprocess.run(
         [sys.executable, str(CHILD)],
-        input=json.dumps([asked for case in cases for asked in case.asked()]),
+        input=json.dumps(asked),
         capture_output=True,
         text=True,
         timeout=300,
@@ -207,3 +240,24 @@ def test_every_key_that_deepspeed_reads_is_known(answers: dict[str, Any]) -> Non
             name = f"{section}.{key}" if section else key
             if name not in (*ds_keys.REMOVED, *ds_keys.OPEN, *ds_keys.SECTIONS):
                 assert ds_keys.kind_of(name, 7) != "unknown", name
+
+
+def test_accelerate_reads_its_config(answers: dict[str, Any]) -> None:
+    for (stage, ranks, machines), found in zip(CLUSTERS, answers["accelerate"], strict=True):
+        assert found["distributed_type"] == "DEEPSPEED"
+        assert (found["num_processes"], found["num_machines"]) == (ranks, machines)
+        settings = found["deepspeed_config"]
+        assert settings["deepspeed_config_file"] == "a b/ds_config.json"
+        assert settings["zero3_init_flag"] is (stage == 3)
+
+
+def test_what_deepspeed_refuses_does_not_pass_unsaid(answers: dict[str, Any]) -> None:
+    unsaid = []
+    for values, accepted in zip(odd(), answers["odd"], strict=True):
+        try:
+            said = read_ds_config(values).warnings
+        except UserError:
+            continue
+        if not accepted and not said:
+            unsaid.append(values)
+    assert unsaid == []

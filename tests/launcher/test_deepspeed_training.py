@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -79,6 +80,24 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
+def ended(command: list[str], env: dict[str, str], seconds: float) -> tuple[int, str]:
+    """Exit code and output; none of its processes outlives the time that it is given."""
+    with subprocess.Popen(
+        command,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            said, _ = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return process.returncode, said
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """What each rank said of each run."""
@@ -102,15 +121,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--config_file", str(Path(cases[0]["folder"]) / ACCELERATE)]
     command += ["--main_process_port", str(ports[-1]), str(CHILD), str(root / "cases.json")]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    code, said = ended(command, env, seconds=900)
+    assert code == 0, said[-3000:]
     return {
         name: [json.loads(Path(case["folder"], f"rank{n}.json").read_text()) for n in (0, 1)]
         for name, case in zip(RUNS, cases, strict=True)

@@ -9,6 +9,7 @@ from vramplan.memory.explain import explain
 from vramplan.memory.labels import labelled_step
 from vramplan.memory.precision import policy_of
 from vramplan.memory.record import record_step
+from vramplan.memory.stepping_tape import record_stepping
 from vramplan.models.hf_config import architecture
 from vramplan.reports.explain import render
 
@@ -30,6 +31,14 @@ RECIPES = {
     "fp32": Recipe(dtype="fp32", optimizer="adamw_bnb_8bit", seq_len=256),
     "foreach": Recipe(optimizer="adamw_torch", seq_len=16),
     "adafactor": Recipe(optimizer="adafactor", seq_len=16),
+    "galore": Recipe(optimizer="galore_adamw", seq_len=16, optim_rank=64),
+    "galore 8-bit": Recipe(optimizer="galore_adamw_8bit", seq_len=16),
+    "torchao": Recipe(optimizer="adamw_torch_4bit", seq_len=16),
+    "grokadamw": Recipe(optimizer="grokadamw", seq_len=16),
+    "stable": Recipe(optimizer="stable_adamw", seq_len=16),
+    "lomo": Recipe(optimizer="lomo", seq_len=16),
+    "adalomo": Recipe(optimizer="adalomo", seq_len=16, lora=LoRA()),
+    "layerwise": Recipe(optimizer="apollo_adamw_layerwise", seq_len=16),
     "lora": Recipe(lora=LoRA(rank=8), batch_size=2, seq_len=512),
     "qlora": Recipe(lora=LoRA(), quantization="nf4", gradient_checkpointing=True),
     "fp4 single": Recipe(lora=LoRA(), quantization="fp4", double_quant=False, seq_len=1),
@@ -49,7 +58,8 @@ def test_the_terms_add_up_to_the_peak(name: str) -> None:
 def test_labelling_changes_nothing(name: str) -> None:
     arch = architecture(MODEL)
     policy = policy_of(RECIPES[name], arch)
-    assert labelled_step(arch, policy).recording == record_step(arch, policy)
+    record = record_step if policy.in_backward is None else record_stepping
+    assert labelled_step(arch, policy).recording == record(arch, policy)
 
 
 @pytest.mark.parametrize("name", ["full", "checkpointing", "eager", "lora", "qlora"])

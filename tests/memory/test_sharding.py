@@ -17,7 +17,7 @@ from measured import phases_of, runs  # noqa: E402
 from vramplan.memory.allocator import rounded  # noqa: E402
 from vramplan.memory.estimate import estimate  # noqa: E402
 from vramplan.memory.host import pinned  # noqa: E402
-from vramplan.memory.ranks import flat_of, sub_groups, weights_in_order  # noqa: E402
+from vramplan.memory.ranks import flat_of, groups_of, sub_groups, weights_in_order  # noqa: E402
 from vramplan.memory.zero_tape import compile_zero  # noqa: E402
 from vramplan.models.hf_config import architecture  # noqa: E402
 from vramplan.recipe.deepspeed import DeepSpeed  # noqa: E402
@@ -100,7 +100,7 @@ def test_padding_to_ranks():
     policy = llama(2).policy
     weights = weights_in_order(architecture(LLAMA), policy, "expandable_segments")
     assert sum(w.numel for w in weights if w.trains) == N
-    flat = flat_of(weights, 3)
+    flat = flat_of(groups_of(weights, False), 3)
     assert flat.total == -(-N // 6) * 6  # two elements for each rank
     assert flat.part == flat.total // 3
 
@@ -133,11 +133,13 @@ def test_pinned_memory_is_rounded_up():
 
 
 def test_all_on_nvme():
-    part = llama(3, 2, zero={"offload_optimizer": "nvme", "offload_param": "nvme"}).sharded
+    all_of_it = {"offload_optimizer": "nvme", "offload_param": "nvme", "nvme_path": "/nvme"}
+    pool = {"param_buffer_size": E // 2, "optimizer_buffer_count": 6}
+    part = llama(3, 2, zero={**all_of_it, **pool}).sharded
     assert part.host.nvme == N // 2 * 16  # the weights are fewer than max_in_cpu: on the host
-    alone = llama(3, 1, zero={"offload_optimizer": "nvme", "offload_param": "nvme"}).sharded
-    assert alone.flat.part == N
     assert part.weights == 33 * 2048 * 2 + 2 * 512
+    # gradients and weights, flat, and five buffers of weights by torch; six of a sub-group as is
+    assert part.host.pinned == 2 * pinned(N // 2 * 2) + pinned(5 * E // 2 * 2) + 6 * (N // 2) * 4
 
 
 # --- what must hold -------------------------------------------------------------------------

@@ -137,7 +137,8 @@ def test_no_better_is_true(model: str, seq_len: int) -> None:
     for draft in islice(lower, 0, None, 23):
         twin = _better(draft.recipe)
         mine, other = (estimate(arch, r, CARD).required for r in (draft.recipe, twin))
-        assert other <= mine * 1.001 + 2**20, draft.recipe
+        # fused AdamW's step counts lie on the card: 512 bytes a tensor
+        assert other <= mine * 1.0001, draft.recipe
         mine_s, other_s = (step_time(arch, r, CARD).seconds for r in (draft.recipe, twin))
         assert other_s <= mine_s * 1.01, draft.recipe
 

@@ -61,8 +61,34 @@ def test_malformed_values() -> None:
 def test_combinations_that_are_not_described() -> None:
     with pytest.raises(IllegalRecipe, match="mixed_precision 'no'"):
         Recipe(deepspeed=DeepSpeed(), mixed_precision="no")
-    with pytest.raises(IllegalRecipe, match="stage 3: packed weights"):
-        Recipe(deepspeed=DeepSpeed(stage=3), quantization="nf4", lora=LoRA())
     assert Recipe(
         deepspeed=DeepSpeed(), mixed_precision="fp16"
     )  # no torch scaler: masters are fp32
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_quantized_weights_train_in_every_stage(quantization: Any, stage: int) -> None:
+    """Measured: bitsandbytes' packed weights are partitioned as bytes in stage 3."""
+    assert Recipe(deepspeed=DeepSpeed(stage=stage), quantization=quantization, lora=LoRA())
+
+
+@pytest.mark.parametrize("name", ["offload_optimizer", "offload_param"])
+def test_nvme_needs_a_path(name: str) -> None:
+    with pytest.raises(IllegalRecipe, match=rf"^deepspeed\.{name} 'nvme' without a path"):
+        DeepSpeed.from_dict({"stage": 3, name: "nvme"})
+    with pytest.raises(InvalidValue, match="nvme_path"):
+        DeepSpeed.from_dict({"stage": 3, name: "nvme", "nvme_path": ""})
+    assert DeepSpeed.from_dict({"stage": 3, name: "nvme", "nvme_path": "/nvme"})
+
+
+def test_states_on_nvme_need_a_buffer_each() -> None:
+    fields = {"stage": 3, "offload_optimizer": "nvme", "nvme_path": "/nvme"}
+    with pytest.raises(IllegalRecipe, match="optimizer_buffer_count 3 .* Use at least 4"):
+        DeepSpeed.from_dict({**fields, "optimizer_buffer_count": 3})
+
+
+def test_pinning_of_weights_has_its_own_switch() -> None:
+    assert DeepSpeed(pin_param_memory=False).pin_param_memory is False
+    with pytest.raises(InvalidValue, match="pin_param_memory .* True, False or None"):
+        DeepSpeed(pin_param_memory=1)  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from vramplan.errors import IllegalRecipe, UserError
+from vramplan.recipe import ds_keys
 from vramplan.recipe.deepspeed import DeepSpeed
 from vramplan.recipe.ds_config import only_what_counts, read_ds_config
 
@@ -196,6 +197,11 @@ def test_every_key_has_its_class() -> None:
         ({"train_micro_batch_size_per_gpu": "many"}, "is 'many'"),
         ({"bf16": {"enabled": 1}}, "bf16.enabled is 1"),
         ({"gradient_clipping": -1}, "gradient_clipping is -1"),
+        (zero(stage=2, reduce_bucket_size=0), "reduce_bucket_size is 0"),
+        (zero(stage=2, reduce_scatter=None), "reduce_scatter is None"),
+        (zero(stage=1, legacy_stage1=True), "legacy_stage1: DeepSpeed has taken it out"),
+        ({"optimizer": {"type": "Adam", "params": {"betas": ["x", 1]}}}, "betas is 'x'"),
+        ({"optimizer": {"type": "Adam", "params": {"betas": 0.9}}}, "betas is 0.9"),
         ({"optimizer": {"type": "OneBitAdam"}}, "unknown optimizer.type"),
         ({"amp": {"enabled": True}}, "amp: DeepSpeed 0.19 has removed this"),
         (zero(stage=3, mics_shard_size=8), "mics_shard_size: DeepSpeed 0.19 has removed"),
@@ -236,3 +242,26 @@ def test_another_stage() -> None:
     assert (
         read_ds_config(zero(stage=2), stage=3).deepspeed == read_ds_config(zero(stage=3)).deepspeed
     )
+
+
+def refusal(values: dict[str, Any]) -> str | None:
+    try:
+        read_ds_config(values)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("key", sorted({*ds_keys.KNOWN, "optimizer.params.betas"}))
+def test_no_value_of_any_key_is_a_traceback(key: str) -> None:
+    odd = (None, True, 0, -1, 1.5, 1e400, float("nan"), "auto", "x", "", [], [1], {}, {"a": 1})
+    for value in odd:
+        for stage in (2, 3):
+            values: dict[str, Any] = zero(stage=stage)
+            *sections, last = key.split(".")
+            table = values
+            for name in sections:
+                table = table.setdefault(name, {})
+            table[last] = value
+            said = refusal(values)
+            assert said is None or "ds_config" in said

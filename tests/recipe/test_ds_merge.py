@@ -109,5 +109,5 @@ def test_one_card_is_a_kind_of_card(tmp_path: Path) -> None:
 
 
 def test_no_zero_with_a_config(tmp_path: Path) -> None:
-    with pytest.raises(IllegalRecipe, match="--zero no and --deepspeed .* contradict"):
+    with pytest.raises(IllegalRecipe, match="--zero no and --deepspeed contradict"):
         merge(tmp_path, BATCH, {"zero": "no"})

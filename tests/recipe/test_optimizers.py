@@ -2,16 +2,19 @@ from __future__ import annotations
 
 import pytest
 
-from vramplan.errors import IllegalRecipe, UnknownName
+from vramplan.errors import IllegalRecipe, InvalidValue, UnknownName
+from vramplan.recipe.deepspeed import DeepSpeed
 from vramplan.recipe.optimizers import (
     BNB_BLOCK_ELEMENTS,
     BNB_CODE_TABLE_ELEMENTS,
     BNB_MIN_8BIT_ELEMENTS,
     BNB_MIN_PAGED_ELEMENTS,
-    NOT_MODELLED,
+    LIBRARIES,
     OPTIMIZERS,
+    REFUSED,
     find_optimizer,
 )
+from vramplan.recipe.recipe import Recipe
 
 TORCH_NAMES = ["adamw_torch_fused", "adamw_torch", "sgd", "adagrad", "rmsprop"]
 BNB_NAMES = [name for name, one in OPTIMIZERS.items() if one.package == "bitsandbytes"]
@@ -41,14 +44,31 @@ BNB_NAMES = [name for name, one in OPTIMIZERS.items() if one.package == "bitsand
         ("rmsprop_bnb", 1, 32, False),
         ("rmsprop_bnb_32bit", 1, 32, False),
         ("rmsprop_bnb_8bit", 1, 8, False),
+        ("adamw_torch_8bit", 2, 8, False),
+        ("adamw_torch_4bit", 2, 4, False),
+        ("galore_adamw", 2, None, False),
+        ("galore_adamw_8bit", 2, 8, False),
+        ("galore_adafactor", 1, 32, False),
+        ("galore_adamw_layerwise", 2, None, False),
+        ("galore_adamw_8bit_layerwise", 2, 8, False),
+        ("apollo_adamw", 2, None, False),
+        ("apollo_adamw_layerwise", 2, None, False),
+        ("lomo", 0, None, False),
+        ("adalomo", 1, 32, False),
+        ("grokadamw", 3, None, False),
+        ("schedule_free_radam", 2, None, False),
+        ("schedule_free_adamw", 2, None, False),
+        ("schedule_free_sgd", 1, None, False),
+        ("stable_adamw", 2, None, False),
     ],
 )
 def test_states(name: str, states: int, bits: int | None, paged: bool) -> None:
     optimizer = find_optimizer(name)
     assert optimizer.name == name
     assert (optimizer.states, optimizer.bits, optimizer.paged) == (states, bits, paged)
-    assert optimizer.quantized_states == (states if bits == 8 else 0)
-    assert optimizer.embeddings_in_32_bits == (bits == 8)
+    assert optimizer.quantized_states == (states if bits in (4, 8) else 0)
+    # Trainer registers that override by the class's name, "bitsandbytes..." alone.
+    assert optimizer.embeddings_in_32_bits == (bits == 8 and name in BNB_NAMES)
 
 
 def test_the_table_above_is_the_whole_table() -> None:
@@ -56,16 +76,57 @@ def test_the_table_above_is_the_whole_table() -> None:
     assert {values[0] for values in marks[0].args[1]} == set(OPTIMIZERS)
 
 
-@pytest.mark.parametrize("name", NOT_MODELLED)
-def test_what_is_not_modelled_says_so(name: str) -> None:
-    package, closest = NOT_MODELLED[name]
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_no_cuda_gpu_runs_says_why(name: str) -> None:
+    reason, closest = REFUSED[name]
     assert closest in OPTIMIZERS
     with pytest.raises(IllegalRecipe) as caught:
         find_optimizer(name)
-    assert str(caught.value) == (
-        f"optimizer {name!r} is offered by transformers through the package {package}; "
-        f"vramplan does not model its memory yet. Closest modelled: {closest!r}"
-    )
+    assert str(caught.value) == f"optimizer {name!r}: {reason}. Use {closest!r}"
+
+
+ELSEWHERE = [name for name, one in OPTIMIZERS.items() if one.package not in LIBRARIES]
+IN_BACKWARD = [name for name, one in OPTIMIZERS.items() if one.stepping == "in_backward"]
+
+
+def test_what_steps_in_backward() -> None:
+    assert [
+        *("galore_adamw_layerwise", "galore_adamw_8bit_layerwise", "apollo_adamw_layerwise"),
+        *("lomo", "adalomo"),
+    ] == IN_BACKWARD
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_other_packages_are_not_for_deepspeed(name: str) -> None:
+    with pytest.raises(IllegalRecipe, match=f"{name!r} with deepspeed"):
+        Recipe(optimizer=name, deepspeed=DeepSpeed(stage=2))
+
+
+@pytest.mark.parametrize("name", IN_BACKWARD)
+def test_what_stepping_in_backward_excludes(name: str) -> None:
+    with pytest.raises(IllegalRecipe, match="world_size 2"):
+        Recipe(optimizer=name, world_size=2)
+    accumulating = {"optimizer": name, "gradient_accumulation_steps": 2}
+    scaled = {"optimizer": name, "dtype": "fp32", "mixed_precision": "fp16"}
+    if name.endswith("_layerwise"):
+        plain = name.removesuffix("_layerwise")
+        with pytest.raises(IllegalRecipe, match=f"Use 1, or optimizer {plain!r}"):
+            Recipe(**accumulating)
+        assert Recipe(**scaled)
+    else:  # LOMO steps after every micro-batch, and says nothing
+        assert Recipe(**accumulating)
+        with pytest.raises(IllegalRecipe, match="LOMO's learning rate"):
+            Recipe(**scaled)
+
+
+def test_the_projection_is_checked() -> None:
+    recipe = Recipe(optimizer="galore_adamw", optim_target_modules=["mlp", "attn"], optim_rank=64)
+    assert recipe.optim_target_modules == ("attn", "mlp")
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    with pytest.raises(InvalidValue, match="optim_rank is 0"):
+        Recipe(optim_rank=0)
+    with pytest.raises(InvalidValue, match="optim_target_modules"):
+        Recipe(optim_target_modules=())
 
 
 def test_what_transformers_does_not_offer() -> None:
@@ -84,8 +145,8 @@ def test_what_transformers_does_not_offer() -> None:
 def test_the_names_are_those_of_transformers() -> None:
     training_args = pytest.importorskip("transformers.training_args")
     names = {str(name.value) for name in training_args.OptimizerNames}
-    assert {*OPTIMIZERS, *NOT_MODELLED} == names
-    assert set(OPTIMIZERS) & set(NOT_MODELLED) == set()
+    assert {*OPTIMIZERS, *REFUSED} == names
+    assert set(OPTIMIZERS) & set(REFUSED) == set()
 
 
 def built(name: str, *, rows: int, columns: int = 128) -> tuple[object, object]:

@@ -24,6 +24,8 @@ def test_defaults() -> None:
         "attention": "sdpa",
         "gradient_checkpointing": False,
         "optimizer": "adamw_torch_fused",
+        "optim_target_modules": "all-linear",
+        "optim_rank": 128,
         "batch_size": 1,
         "seq_len": 2048,
         "gradient_accumulation_steps": 1,

@@ -49,9 +49,9 @@ class Asked(NamedTuple):
         """The cards of --gpu."""
         if self.card is None:
             return None
-        from vramplan.hardware.catalogue import parse_gpu
+        from vramplan.hardware.uneven import parse_cards
 
-        return parse_gpu(self.card)
+        return parse_cards(self.card)
 
     def located(self) -> Located:
         """The model's config, from this machine alone."""
@@ -142,7 +142,7 @@ def _with_import(asked: Asked, source: str | None, *, verbose: bool) -> Asked:
     for warning in imported.warnings:
         click.echo(f"Warning: {warning}", err=True)
     if verbose and imported.quiet:
-        click.echo(f"Of no account for memory: {', '.join(imported.quiet)}", err=True)
+        click.echo(f"Passed over, as it costs no memory: {', '.join(imported.quiet)}", err=True)
     model = asked.model or imported.model
     if model is None:
         raise UserError(f"{source!r} names no model: name it before the options")

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     click.option("--learning-rate", type=float, help="TrainingArguments' too. [5e-5]"),
     click.option("--weight-decay", type=float, help="TrainingArguments' too. [0]"),
     click.option("--max-grad-norm", type=float, help="TrainingArguments' too. [1]"),
+    importing=True,
 )
 def command(
     ctx: click.Context,
@@ -83,14 +84,16 @@ def _model(asked: Asked) -> tuple[str, Architecture]:
 
 
 def _hyper(asked: Asked, given: dict[str, float | None]) -> Hyperparameters:
-    """Those of the options, else of --deepspeed's file, else TrainingArguments' defaults."""
+    """Those of the options, else of the files that were given, else TrainingArguments' defaults."""
     from vramplan_launcher.deepspeed_config import Hyperparameters
 
     found: dict[str, Any] = {}
+    if asked.imported is not None and asked.imported.options.learning_rate is not None:
+        found["learning_rate"] = asked.imported.options.learning_rate
     if asked.fields.get("deepspeed") is not None:
         from vramplan.recipe.ds_config import read_ds_config
 
-        found = read_ds_config(asked.fields["deepspeed"], stage=0).hyper
+        found |= read_ds_config(asked.fields["deepspeed"]).hyper
     return Hyperparameters(**{**found, **{k: v for k, v in given.items() if v is not None}})
 
 

@@ -32,6 +32,9 @@ _VIAS = ("rules", "trace")
     ),
     click.option("--advice", is_flag=True, help="Show what would help even if it fits."),
     click.option("--explain", is_flag=True, help="Every term, with its formula and figures."),
+    click.option(
+        "--compare-zero", is_flag=True, help="Show DDP and each ZeRO stage side by side."
+    ),
     click.option("--via", metavar="NAME", default="rules", help="rules or trace (slow). [rules]"),
     cards="what is in this machine",
     trusting="Of --via trace: run a folder's own code.",
@@ -45,6 +48,7 @@ def command(
     prompt: str | None,
     advice: bool,
     explain: bool,
+    compare_zero: bool,
     via: str,
 ) -> None:
     """Say how much GPU memory fine-tuning MODEL needs, and whether it fits.
@@ -54,12 +58,13 @@ def command(
     Exit code: 0 if it fits or no GPU is known, 1 if it does not fit, 2 if the input is wrong.
     """
     with _NoCollections():
-        _check_mode(mode, asked, {"advice": advice, "explain": explain, "prompt": prompt})
-        _check_via(via, mode, {"advice": advice, "explain": explain}, asked.trust_remote_code)
+        flags = {"advice": advice, "explain": explain, "compare-zero": compare_zero}
+        _check_mode(mode, asked, {**flags, "prompt": prompt})
+        _check_via(via, mode, flags, asked.trust_remote_code)
         recipe = asked.recipe()
-        gpus, no_gpu = _gpus(asked)
+        gpus, no_gpu = _gpus(asked, recipe)
         if asked.card is not None and asked.fields["world_size"] is None:
-            recipe = _over(recipe, gpus)
+            recipe = _over(recipe, gpus, every=compare_zero)
         _check_way_of(recipe, via)
         if mode == "inference":
             from vramplan.cli import inference
@@ -72,15 +77,28 @@ def command(
             click.echo(shown_json(found) if asked.as_json else shown_text(found, no_gpu))
             fits = found.fits
         else:
-            fits = _answer(asked, recipe, gpus, no_gpu, advice=advice, explain=explain)
+            shows = {"advice": advice, "explain": explain, "compare_zero": compare_zero}
+            fits = _answer(asked, recipe, gpus, no_gpu, **shows)
     ctx.exit(1 if fits is False else 0)
 
 
 def _answer(
-    asked: Asked, recipe: Recipe, gpus: Gpus | None, no_gpu: str, *, advice: bool, explain: bool
+    asked: Asked,
+    recipe: Recipe,
+    gpus: Gpus | None,
+    no_gpu: str,
+    *,
+    advice: bool,
+    explain: bool,
+    compare_zero: bool,
 ) -> bool | None:
     """Prints the estimate by rules; whether it fits."""
     needed = _estimate(asked, recipe, gpus)
+    if compare_zero:
+        from vramplan.cli.shown import shown_ways
+
+        click.echo(shown_ways(needed, as_json=asked.as_json))
+        return needed.fits
     wanted = advice or (needed.fits is False and not asked.as_json)
     changes, combination = _advice(needed) if wanted else (None, None)
     if asked.as_json:
@@ -125,7 +143,7 @@ def _check_mode(mode: str, asked: Asked, others: dict[str, Any]) -> None:
     else:
         from vramplan.cli.inference import OF_INFERENCE
 
-        unfit = [name for name in ("advice", "explain") if others[name]]
+        unfit = [name for name in ("advice", "explain", "compare-zero") if others[name]]
         unfit += [n for n, v in asked.fields.items() if v is not None and n not in OF_INFERENCE]
     if unfit:
         option = unfit[0].replace("_", "-")
@@ -152,9 +170,9 @@ def _check_via(via: str, mode: str, others: dict[str, bool], trusted: bool) -> N
             )
 
 
-def _over(recipe: Recipe, gpus: Gpus | None) -> Recipe:
-    """ZeRO over all the cards that were named; a recipe's own number stays."""
-    if recipe.deepspeed is None or recipe.world_size != 1 or gpus is None:
+def _over(recipe: Recipe, gpus: Gpus | None, *, every: bool = False) -> Recipe:
+    """ZeRO, or `every` recipe, over all the cards that were named; its own number stays."""
+    if recipe.world_size != 1 or gpus is None or (recipe.deepspeed is None and not every):
         return recipe
     from dataclasses import replace
 
@@ -166,7 +184,9 @@ def _check_way_of(recipe: Recipe, via: str) -> None:
     from vramplan.errors import UserError
 
     if via == "trace" and recipe.deepspeed is not None:
-        raise UserError("--via trace runs the model alone, without DeepSpeed: leave out --zero")
+        raise UserError(
+            "--via trace runs the model alone, without DeepSpeed: leave out --zero and --deepspeed"
+        )
 
 
 def _offered(error: UserError) -> UserError:
@@ -185,15 +205,19 @@ def _offered(error: UserError) -> UserError:
     return UnknownArchitecture(f"{error} {offer}")
 
 
-def _gpus(asked: Asked) -> tuple[Gpus | None, str]:
+def _gpus(asked: Asked, recipe: Recipe) -> tuple[Gpus | None, str]:
     """The cards named, or those of this machine; or none, and why."""
     if asked.card is not None:
         return asked.named_gpus(), ""
     from vramplan.hardware.nvml import gpus_here
 
     found, reason = gpus_here()
-    # Of unlike cards, the one that has most room.
-    return max(found, key=lambda gpus: gpus.free or 0, default=None), reason
+    if not found:
+        return None, reason
+    from vramplan.hardware.uneven import smallest_of
+
+    # One rank takes the card that has most room; of several, the last chosen one decides.
+    return smallest_of(found, recipe.world_size), reason
 
 
 def _estimate(asked: Asked, recipe: Recipe, gpus: Gpus | None) -> Estimate:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     *LAUNCH_OPTIONS,
     click.option("--save", "path", metavar="FILE", help="Write the plan as JSON."),
     cards="what is in this machine",
+    importing=True,
 )
 def command(
     ctx: click.Context, asked: Asked, *, which_gpu: bool, path: str | None, **goal: Any

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from vramplan.cli.asked import Asked
     from vramplan.planner.goal import Goal
+    from vramplan.recipe.recipe import Recipe
 
 GOAL_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option(
@@ -28,7 +29,7 @@ GOAL_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--host-memory", metavar="SIZE", help="For offloading: 128GB, ... [this host's]"),
 )
 _NONE = ("none", "no")
-_COUNTS = ("batch_size", "gradient_accumulation_steps", "world_size")
+_COUNTS = ("batch_size", "gradient_accumulation_steps", "world_size", "optim_rank")
 _ADAPTED = ("lora", "int8", "qlora")
 
 
@@ -37,7 +38,7 @@ def goal_of(asked: Asked, given: dict[str, Any]) -> Goal:
     from vramplan.planner.goal import Goal
     from vramplan.units import parse_count, parse_size
 
-    pins = _pins_of_file(asked.recipe_file)
+    pins = _pins_of(asked)
     lora, seq_len = pins.pop("lora", None), pins.pop("seq_len", None)
     values: dict[str, Any] = {}
     if seq_len is not None:
@@ -60,16 +61,22 @@ def goal_of(asked: Asked, given: dict[str, Any]) -> Goal:
     return Goal(**values, pins=pins, allow_8bit_optim=given["allow_8bit_optim"])
 
 
-def _pins_of_file(path: str | None) -> dict[str, Any]:
-    """What a recipe file says, and not what it leaves out."""
-    if path is None:
-        return {}
-    from vramplan.recipe.files import read_recipe
+def _pins_of(asked: Asked) -> dict[str, Any]:
+    """What a recipe file, or another tool's, says that is not the default anyway."""
+    recipe = None if asked.imported is None else asked.imported.recipe
+    if asked.recipe_file is not None:
+        from vramplan.recipe.files import read_recipe
+
+        recipe = read_recipe(asked.recipe_file)
+    return {} if recipe is None else _decided(recipe)
+
+
+def _decided(recipe: Recipe) -> dict[str, Any]:
     from vramplan.recipe.recipe import Recipe
 
-    recipe, open_ = read_recipe(path), Recipe()
-    names = Recipe.__slots__
-    return {n: getattr(recipe, n) for n in names if getattr(recipe, n) != getattr(open_, n)}
+    open_ = Recipe()
+    found = {name: getattr(recipe, name) for name in Recipe.__slots__}
+    return {name: value for name, value in found.items() if value != getattr(open_, name)}
 
 
 def _methods(named: str | None, lora: Any, chosen: dict[str, Any]) -> tuple[Any, Any]:
@@ -82,8 +89,7 @@ def _methods(named: str | None, lora: Any, chosen: dict[str, Any]) -> tuple[Any,
 
         given["rank"] = parse_count(given["rank"], thing="lora.rank")
     if "targets" in given:
-        names = tuple(n for name in given.pop("targets").split(",") if (n := name.strip()))
-        given["target_modules"] = names[0] if len(names) == 1 else names
+        given["target_modules"] = _names(given.pop("targets"))
     fields |= given
     methods: tuple[str, ...] | None = None
     if named is None:
@@ -115,11 +121,18 @@ def _pins(chosen: dict[str, Any]) -> dict[str, Any]:
             pins[name] = parse_count(value, thing=name)
         elif name == "zero":
             pins[name] = None if value.lower() in _NONE else _stage(value)
+        elif name == "optim_target_modules":
+            pins[name] = _names(value)
         elif name in ("quantization", "offload_optimizer", "offload_param"):
             pins[name] = None if value.lower() in _NONE else value
         else:
             pins[name] = value
     return pins
+
+
+def _names(text: str) -> str | tuple[str, ...]:
+    names = tuple(n for name in text.split(",") if (n := name.strip()))
+    return names[0] if len(names) == 1 else names
 
 
 def _stage(text: str) -> Any:
@@ -129,11 +142,8 @@ def _stage(text: str) -> Any:
 def _pins_of_ds_config(path: str) -> dict[str, Any]:
     """What a ds_config.json decides."""
     from vramplan.cli.recipe_options import recipe_of
-    from vramplan.recipe.recipe import Recipe
 
-    recipe, open_ = recipe_of(None, {"deepspeed": path}), Recipe()
-    decided = {n: getattr(recipe, n) for n in Recipe.__slots__}
-    return {n: v for n, v in decided.items() if v != getattr(open_, n)}
+    return _decided(recipe_of(None, {"deepspeed": path}))
 
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}

@@ -36,7 +36,7 @@ COMMANDS = {
     "compare": "Past runs: predicted against measured.",
     "accuracy": "How predictions held in the runs that were launched here.",
     "config": "Write DeepSpeed's and accelerate's configs, with reasons.",
-    "export": "Write the run for Trainer, TRL, accelerate, Axolotl or LLaMA-Factory.",
+    "export": "Write the run for Trainer, TRL, Axolotl and others.",
     "fit": "The cheapest configuration that fits, of all that are legal.",
     "ladder": "Each saving in turn, and the checklist by impact.",
     "sweep": "One table over values of a recipe's fields.",

@@ -53,6 +53,7 @@ _FIELDS = (
         "--offload-optimizer", metavar="NAME", help="Of --zero: cpu, nvme or none. [none]"
     ),
     click.option("--offload-param", metavar="NAME", help="Of --zero 3: cpu, nvme or none. [none]"),
+    click.option("--nvme-path", metavar="DIR", help="The folder for what is offloaded to nvme."),
     click.option("--deepspeed", metavar="FILE", help="A ds_config.json; options override it."),
     click.option(
         "--world-size", metavar="N", help="GPUs that train together. [those of --gpu, with --zero]"
@@ -125,14 +126,16 @@ def _zero(chosen: dict[str, Any], base: dict[str, Any] | None) -> dict[str, Any]
     }
     for name in offload:
         del chosen[name]
+    path = chosen.pop("nvme_path", None)
     if (stage is None and base is None) or (stage is not None and stage.lower() in _NONE):
-        if any(offload.values()):
+        if any(offload.values()) or path is not None:
             from vramplan.errors import IllegalRecipe
 
-            option = next(name for name in offload if offload[name]).replace("_", "-")
+            given = [*(name for name in offload if offload[name]), "nvme_path"]
+            option = given[0].replace("_", "-")
             raise IllegalRecipe(f"--{option} without ZeRO: add --zero 2 or --zero 3")
         return None
-    fields = {**(base or {}), **offload}
+    fields = {**(base or {}), **offload, **({} if path is None else {"nvme_path": path})}
     if stage is not None:
         fields["stage"] = int(stage) if stage.isdigit() else stage
     return fields

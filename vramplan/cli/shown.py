@@ -65,3 +65,17 @@ def shown_text(
     from vramplan.reports.explain import render
 
     return f"{text}\n\n{render(explain(needed))}".rstrip("\n")
+
+
+def shown_ways(needed: Estimate, *, as_json: bool) -> str:
+    """What DDP and each ZeRO stage would need of the same run, side by side."""
+    import json
+
+    from vramplan.reports.zero_ways import show_ways, ways_of, ways_to_dict
+
+    ways = ways_of(needed)
+    if as_json:
+        return json.dumps(ways_to_dict(needed, ways), indent=2)
+    from vramplan.cli.terminal import look
+
+    return show_ways(needed, ways, look())

@@ -34,6 +34,12 @@ def command(ctx: click.Context, asked: Asked, *, comparing: bool, fresh: bool) -
     Exit code: 0 if it fits or no GPU is named, 1 if it does not fit, 2 if the input is wrong.
     """
     recipe = asked.recipe()
+    if recipe.deepspeed is not None:
+        from vramplan.errors import UserError
+
+        raise UserError(
+            "a trace runs the model alone, without DeepSpeed: leave out --zero and --deepspeed"
+        )
     gpus = asked.named_gpus()
     if comparing:
         found = compared(asked, recipe, gpus)

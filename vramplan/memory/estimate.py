@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from vramplan.hardware.catalogue import Gpu, Gpus, parse_gpu, warnings_for
+from vramplan.hardware.catalogue import Gpu, Gpus, warnings_for
+from vramplan.hardware.uneven import parse_cards
 from vramplan.memory import allocator
 from vramplan.memory.facts import facts
 from vramplan.memory.legality import check_model
@@ -21,6 +22,7 @@ from vramplan.recipe.recipe import Recipe
 from vramplan.recipe.rules import cautions
 
 if TYPE_CHECKING:
+    from vramplan.memory.host import Host
     from vramplan.memory.sharding import Sharded
 
 CATEGORIES = (
@@ -75,12 +77,25 @@ class Estimate(Needs):
         """The phase in which the peak falls."""
         return self.timeline.peak_phase
 
+    @property
+    def host(self) -> Host | None:
+        """A rank's host memory, where it keeps something there."""
+        if self.sharded is not None:
+            return self.sharded.host
+        if not self.parts.stepping.host:
+            return None
+        from vramplan.memory.host import Host
+
+        return Host(pageable=self.parts.stepping.host)
+
     @cached_property
     def overhead(self) -> dict[str, int]:
         """What the device holds beyond `peak_allocated`."""
+        zero = self.recipe.deepspeed
+        reduces = zero is not None and (zero.stage in (1, 2) or (zero.stage == 3 and zero.overlap_comm))
         return {
-            "context": allocator.context(self.recipe.quantization),
-            "nccl": 0,
+            "context": allocator.context(self.recipe.quantization, reduces),
+            "nccl": allocator.nccl(self.recipe.world_size, None if zero is None else zero.stage),
             "allocator_slack": allocator.slack(
                 self.peak_allocated, self.recipe.allocator, self.parts.stepping.largest
             ),
@@ -125,8 +140,8 @@ class Estimate(Needs):
             "fits": self.fits,
             "warnings": list(self.warnings),
         }
-        if self.sharded is not None:
-            document["host"] = self.sharded.host._asdict()
+        if self.host is not None:
+            document["host"] = self.host._asdict()
         return document
 
 
@@ -201,7 +216,7 @@ def resolve(model: Model) -> tuple[str, Architecture, tuple[str, ...]]:
 def cards(gpu: str | Gpu | Gpus | None) -> Gpus | None:
     """The cards that an argument `gpu` means. Raises UnknownName."""
     if isinstance(gpu, str):
-        return parse_gpu(gpu)
+        return parse_cards(gpu)
     return Gpus(gpu=gpu) if isinstance(gpu, Gpu) else gpu
 
 

@@ -3,7 +3,8 @@
 Sources: DeepSpeed 0.19.8, runtime/zero/stage_1_and_2.py (__init__, initialize_optimizer_states,
 async_accumulate_grad_in_cpu_via_gpu), runtime/zero/stage3.py (_create_fp32_partitions,
 initialize_optimizer_states, _create_param_groups_fp16_flat_cpu_memory), ops/adam/cpu_adam.py,
-runtime/zero/offload_config.py (buffer_count, buffer_size, max_in_cpu); torch 2.11-2.13,
+runtime/zero/offload_config.py, runtime/swap_tensor/ (SwapBufferManager: locked as they are;
+AsyncPartitionedParameterSwapper); torch 2.11-2.13,
 aten/src/ATen/core/CachingHostAllocator.h (by default; pinned_max_round_threshold_mb).
 """
 
@@ -12,26 +13,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from vramplan.memory.ranks import Flat, Weight, partition, sub_groups
+from vramplan.memory.ranks import PACKED, Flat, Weight, partition, sub_groups
 from vramplan.recipe.deepspeed import DeepSpeed
 
 FP32 = 4
 ADAM = 2  # DeepSpeedCPUAdam's exp_avg and exp_avg_sq: fp32, pageable (torch.zeros_like)
-OPTIMIZER_BUFFERS = 4  # offload_optimizer.buffer_count
-PARAM_BUFFERS = 5  # offload_param.buffer_count
-MAX_IN_CPU = 1_000_000_000  # offload_param.max_in_cpu: elements that stay on the host
-PARAM_BUFFER = 100_000_000  # offload_param.buffer_size: elements
 
 
 class Host(NamedTuple):
     """Bytes of one rank; a node needs as much for each of its ranks."""
 
     pinned: int = 0
-    """Page-locked, as torch's allocator hands it out: rounded up to a power of two."""
+    """Page-locked: as torch's allocator hands it out, rounded up to a power of two; and NVMe's
+    buffers, which are locked as they are."""
     pageable: int = 0
     nvme: int = 0
     loading: int = 0
-    """While from_pretrained runs: stages 0 to 2 load every weight on the host, in every rank."""
+    """The weights while from_pretrained runs, in every rank: files mapped from safetensors, which
+    the ranks of a node share, unless they are converted to another dtype."""
 
 
 def pinned(nbytes: int) -> int:
@@ -52,48 +51,73 @@ def host_of(
     bytes of the parameters of which the rank owns a part."""
     if zero.stage < 3:
         quantized = any(w.packed and w.role != "buffer" for w in weights)  # loaded on the GPU
-        loading = sum(w.nbytes for w in weights if w.role != "adapter" and not w.packed)
-        loading = 0 if quantized else loading
+        loading = 0 if quantized else sum(w.nbytes for w in weights if _is_loaded(w))
         locked, loose = _stages_1_and_2(zero, flat, width)
         if locked and accumulation > 1 and zero.stage == 2:  # async_accumulate_grad_in_cpu_via_gpu
             locked += owned
-        return _host(zero, locked, loose, 0, loading)
+        return Host(*_pinned(zero, [(n, False) for n in locked], 0, loose), 0, loading)
+    locked, loose, files, buffers = _stage_3(zero, weights, ranks, width)
+    quantized = any(w.role == PACKED for w in weights)
+    loading = 0 if quantized else sum(w.nbytes for w in weights if _is_loaded(w))
+    return Host(*_pinned(zero, locked, buffers, loose), files, loading)
+
+
+def _is_loaded(w: Weight) -> bool:
+    return w.role != "adapter" and not w.packed
+
+
+def _stage_3(
+    zero: DeepSpeed, weights: Sequence[Weight], ranks: int, width: int
+) -> tuple[list[tuple[int, bool]], int, int, int]:
+    """(bytes, whether of weights) of what is to be pinned; pageable; on NVMe; NVMe's buffers."""
     groups = sub_groups(weights, ranks, zero.sub_group_size)
-    locked, loose, files = [], 0, 0
+    locked: list[tuple[int, bool]] = []
+    loose = files = buffers = 0
     if zero.offload_optimizer is not None:
-        locked.append(sum(groups) * width)  # grad_partitions_flat_buffer
+        locked.append((sum(groups) * width, False))  # grad_partitions_flat_buffer
     if zero.offload_optimizer == "cpu":
-        locked += [n * FP32 for n in groups]  # the gradients in fp32
+        locked += [(n * FP32, False) for n in groups]  # the gradients in fp32
         loose += sum(groups) * FP32 * (1 + ADAM)  # masters and states
     if zero.offload_optimizer == "nvme":
         files += sum(groups) * FP32 * (2 + ADAM)  # masters, gradients and states
-        locked += [max(groups) * FP32] * OPTIMIZER_BUFFERS
-    frozen = [
-        partition(w.numel, ranks) * w.itemsize for w in weights if not (w.trains or w.packed)
-    ]
+        buffers += max(groups) * FP32 * zero.optimizer_buffer_count
+    if zero.offload_param is None:
+        return locked, loose, files, buffers
+    # zero.Init pins each partition; trained ones are then copied to a flat buffer, and what was
+    # pinned stays with torch's allocator. A tied head is made before it is tied.
+    made = [w for w in weights if not w.packed]
+    made += [w for w in made if w.role == "embedding"][: not any(w.role == "head" for w in made)]
+    each = [partition(w.numel, ranks) * w.itemsize for w in made]
     if zero.offload_param == "cpu":
-        locked += [sum(groups) * width, *frozen]
-    if zero.offload_param == "nvme":
-        near = min(sum(groups), MAX_IN_CPU)
-        locked += [near * width, PARAM_BUFFERS * PARAM_BUFFER * width]
-        for n in groups:  # a group that has no room in the flat buffer is on NVMe whole
-            files += 0 if n <= near else n * width
-            near -= n if n <= near else 0
-        files += sum(frozen)
-    return _host(zero, locked, loose, files, 0)
+        locked += [(n, True) for n in (sum(groups) * width, *each)]
+        return locked, loose, files, buffers
+    near = min(sum(groups), zero.max_in_cpu)
+    locked.append((near * width, True))
+    locked.append((zero.param_buffer_count * zero.param_buffer_size * width, True))
+    for n in groups:  # a group that has no room in the flat buffer is on NVMe whole
+        files += 0 if n <= near else n * width
+        near -= n if n <= near else 0
+    files += sum(n for w, n in zip(made, each, strict=True) if not w.trains)
+    return locked, loose, files, buffers
 
 
-def _stages_1_and_2(
-    zero: DeepSpeed, flat: Flat, width: int
-) -> tuple[list[int], int]:
+def _pinned(
+    zero: DeepSpeed, wanted: Iterable[tuple[int, bool]], buffers: int, loose: int
+) -> tuple[int, int]:
+    """Pinned and pageable bytes: offload_optimizer and offload_param have a pin_memory each."""
+    of_weights = zero.pin_memory if zero.pin_param_memory is None else zero.pin_param_memory
+    locked = buffers
+    for nbytes, is_weight in wanted:
+        if of_weights if is_weight else zero.pin_memory:
+            locked += pinned(nbytes)
+        else:
+            loose += nbytes
+    return locked, loose
+
+
+def _stages_1_and_2(zero: DeepSpeed, flat: Flat, width: int) -> tuple[list[int], int]:
     if zero.offload_optimizer is None:
         return [], 0
     # masters, weights on their way back, gradients in fp32, the largest gradient
     locked = [flat.part * FP32, flat.part * width, flat.part * FP32, flat.largest * width]
     return locked, flat.part * FP32 * ADAM
-
-
-def _host(zero: DeepSpeed, locked: Iterable[int], loose: int, files: int, loading: int) -> Host:
-    if not zero.pin_memory:
-        return Host(0, loose + sum(locked), files, loading)
-    return Host(sum(map(pinned, locked)), loose, files, loading)

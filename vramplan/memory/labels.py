@@ -14,6 +14,7 @@ from typing import Any
 
 from vramplan.memory.precision import Policy
 from vramplan.memory.record import Mark, Recorder, Recording, record_on
+from vramplan.memory.stepping_tape import SteppingRecorder, trained_of
 from vramplan.memory.tape import Made, Tape
 from vramplan.memory.values import ITEMSIZE, Size, Storage, Value
 from vramplan.models.architecture import Architecture
@@ -35,7 +36,7 @@ class Label:
     """The rule that allocates ("dense"); often the same."""
     when: str = "forward"
     """forward | recomputed | backward | added (two gradients, out of place) | summed (a reduction's
-    buffer)"""
+    buffer) | stepped (by an optimizer within backward)"""
     source: str = ""
     """First line of the allocating rule's docstring."""
 
@@ -145,10 +146,26 @@ class LabellingRecorder(Recorder):
                 self.savers.setdefault(storage.index, {})[self.whence().rule] = None
 
 
+class SteppingLabels(SteppingRecorder, LabellingRecorder):
+    """The same, where the optimizer steps within backward."""
+
+    def scratch(self, nbytes: int) -> Storage:
+        self.labels[len(self.sizes)] = Label(
+            place="optimizer", rule=self.policy.in_backward or "", when="stepped"
+        )
+        self.itemsizes[len(self.sizes)] = 1
+        return super().scratch(nbytes)
+
+
 def labelled_step(arch: Architecture, policy: Policy) -> Labelled:
     """What `record_step` records, with labels."""
     description = family(arch.family)
-    g = LabellingRecorder(policy, description)
+    g: LabellingRecorder
+    if policy.in_backward is None:
+        g = LabellingRecorder(policy, description)
+    else:
+        g = SteppingLabels(policy, description)
+        g.prepare(trained_of(arch, policy))
     recorded = record_on(g, arch)
     for index in range(len(recorded.sizes)):  # a reduction's buffer is born without `new`
         g.labels.setdefault(index, Label(when="summed"))

@@ -23,10 +23,25 @@ def check_model(arch: Architecture, recipe: Recipe) -> None:
             f"attention 'flash_attention_2' with {arch.family}: transformers has no such path for "
             "this family. Use 'eager'"
         )
+    zero = recipe.deepspeed
+    if zero is not None and zero.offload_param == "nvme":
+        _check_buffers(inventory(arch), zero.param_buffer_size, recipe.world_size)
     if recipe.lora is not None and recipe.lora.target_modules != "all-linear":
         _check_targets(inventory(arch), recipe.lora)
     if recipe.lora is not None:
         _check_experts(inventory(arch), recipe.lora)
+
+
+def _check_buffers(tensors: Sequence[Tensor], buffer: int, ranks: int) -> None:
+    """DeepSpeed 0.19.8, runtime/swap_tensor/partitioned_param_swapper.py: a weight's partition is
+    read into one buffer of the pool."""
+    largest = max((t for t in tensors if t.role != "buffer"), key=lambda t: t.numel)
+    part = -(-largest.numel // ranks)
+    if part > buffer:
+        raise IllegalRecipe(
+            f"deepspeed.param_buffer_size {buffer}: a rank's part of {next(largest.names())} has "
+            f"{part} elements, and each is read from NVMe into one buffer. Use at least {part}"
+        )
 
 
 def check_positions(arch: Architecture, seq_len: int) -> None:

@@ -18,6 +18,7 @@ MADE = {
     "backward": "gradient of {rule}",
     "added": "sum of gradients of {rule}",
     "summed": "buffer of a sum over tokens",
+    "stepped": "{rule} while it steps",
 }
 
 

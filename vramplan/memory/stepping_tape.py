@@ -18,7 +18,6 @@ from vramplan.memory.optimizers import projections
 from vramplan.memory.precision import Policy
 from vramplan.memory.record import Mark, Recorder, Recording, record_on
 from vramplan.memory.states import Trained, layout
-from vramplan.memory.tape import Tape
 from vramplan.memory.values import Parameter, Storage, Value
 from vramplan.models.architecture import Architecture
 from vramplan.recipe.optimizers import OPTIMIZERS
@@ -29,7 +28,7 @@ _LAYER = re.compile(r"\.\d+\.")
 class OnTape:
     """A step's variables as storages of the tape (the Frame of optimizer_steps.py)."""
 
-    def __init__(self, tape: Tape, parameter: Parameter) -> None:
+    def __init__(self, tape: SteppingRecorder, parameter: Parameter) -> None:
         self.tape, self.parameter = tape, parameter
         self.bound: dict[str, Storage | None] = {}
         self.held: list[Storage | None] = []
@@ -53,22 +52,27 @@ class OnTape:
         self.held.append(self._made(nbytes))
 
     def _made(self, nbytes: int) -> Storage | None:
-        return self.tape.allocate((nbytes, 0, 0), "temporary") if nbytes else None
+        return self.tape.scratch(nbytes) if nbytes else None
 
 
 class SteppingRecorder(Recorder):
     """A recorder whose parameters are stepped as soon as they have a gradient."""
 
-    def __init__(self, policy: Policy, trained: Sequence[Trained]) -> None:
-        super().__init__(policy)
-        assert policy.in_backward is not None
-        self.step = STEPS[policy.in_backward]
-        self.after = OPTIMIZERS[policy.in_backward].low_rank is not None
-        lows = projections(trained, policy.projection)
+    def prepare(self, trained: Sequence[Trained]) -> SteppingRecorder:
+        """To be called first, with what the policy trains."""
+        optimizer = OPTIMIZERS[self.policy.in_backward or ""]
+        self.step = STEPS[optimizer.name]
+        self.after = optimizer.low_rank is not None
+        lows = projections(trained, self.policy.projection)
         self.known: dict[tuple[str, int], tuple[Trained, LowRank | None]] = {
             (t.module, t.numel): (t, lows.get(t)) for t in trained
         }
         self.pending: list[Parameter] = []
+        return self
+
+    def scratch(self, nbytes: int) -> Storage:
+        """A tensor of the optimizer's own."""
+        return self.allocate((nbytes, 0, 0), "temporary")
 
     def leaf(self, parameter: Parameter) -> Value:
         fresh = parameter.node is None
@@ -110,5 +114,8 @@ class SteppingRecorder(Recorder):
 
 def record_stepping(arch: Architecture, policy: Policy) -> Recording:
     """Record one micro-batch whose optimizer steps in backward."""
-    trained = layout(arch, policy, "expandable_segments").trained
-    return record_on(SteppingRecorder(policy, trained), arch)
+    return record_on(SteppingRecorder(policy).prepare(trained_of(arch, policy)), arch)
+
+
+def trained_of(arch: Architecture, policy: Policy) -> tuple[Trained, ...]:
+    return layout(arch, policy, "expandable_segments").trained

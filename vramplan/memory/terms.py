@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from vramplan.memory import allocator
 from vramplan.memory.estimate import Estimate
-from vramplan.memory.optimizers import optimizer_tables, state_tensors
+from vramplan.memory.optimizer_states import optimizer_tables
+from vramplan.memory.optimizers import states_of
 from vramplan.memory.precision import Policy
-from vramplan.memory.states import is_quantized, loaded_bytes
+from vramplan.memory.states import frozen, is_quantized, loaded_bytes
 from vramplan.memory.timeline import INPUT_TENSORS, TOKEN
 from vramplan.memory.values import ITEMSIZE
 from vramplan.models.tensors import Tensor, inventory
@@ -133,10 +134,10 @@ def gradients(e: Estimate, what: str) -> Iterator[Term]:
 
 
 def _optimizer_states(e: Estimate) -> Iterator[Term]:
-    optimizer = find_optimizer(e.recipe.optimizer)
-    for t in e.parts.layout.trained:
-        sizes = Counter(size for size, paged in state_tensors(optimizer, t) if not paged)
-        kind = e.recipe.allocator
+    optimizer, kind = find_optimizer(e.recipe.optimizer), e.recipe.allocator
+    others = frozen(e.architecture, e.policy) if optimizer.states_of_frozen else ()
+    for t, tensors in states_of(optimizer, e.parts.layout, e.policy.projection, others):
+        sizes = Counter(size for size, paged in tensors if not paged)
         each = sum(k * allocator.rounded(size, kind) for size, k in sizes.items())
         yield Term(
             category="optimizer",
@@ -147,15 +148,14 @@ def _optimizer_states(e: Estimate) -> Iterator[Term]:
             bytes=t.count * each,
             source=_optimizer_source(optimizer),
         )
-    if optimizer.package == "bitsandbytes" and optimizer.bits == 8:
-        yield Term(
-            category="optimizer",
-            what="code tables that all 8-bit states share",
-            formula="tables x 256 x 4 B",
-            figures=f"{optimizer_tables(optimizer)} B",
-            bytes=optimizer_tables(optimizer),
-            source="bitsandbytes 0.50 optim/optimizer.py, fill_qmap",
-        )
+    yield Term(
+        category="optimizer",
+        what="code tables that all 8-bit states share",
+        formula="tables x 256 x 4 B",
+        figures=f"{optimizer_tables(optimizer)} B",
+        bytes=optimizer_tables(optimizer),
+        source="bitsandbytes 0.50 optim/optimizer.py, fill_qmap",
+    )
 
 
 def _state(size: int, count: int, numel: int) -> str:
@@ -168,22 +168,28 @@ def _optimizer_source(optimizer: Optimizer) -> str:
         "torch": "torch.optim",
         "transformers": "transformers 5.17 optimization.py",
         "bitsandbytes": "bitsandbytes 0.50 optim/optimizer.py, init_state",
+        "torchao": "torchao 0.18 optim/adam.py",
+        "galore_torch": "galore-torch 1.0",
+        "apollo_torch": "apollo-torch 1.0.3 apollo.py",
+        "lomo_optim": "lomo-optim 0.1.1",
+        "grokadamw": "grokadamw 0.1.2",
+        "schedulefree": "schedulefree 1.4.1",
+        "optimi": "torch-optimi 0.3.3 stableadamw.py",
     }
     return f"{file[optimizer.package]}: {optimizer.class_name.rpartition('.')[2]}"
 
 
 def step_transient(e: Estimate) -> Iterator[Term]:
     optimizer = find_optimizer(e.recipe.optimizer)
-    size = e.parts.stepping.transient
+    size, gradients = e.parts.stepping.transient, e.parts.layout.gradients
+    formula, figures = "what its variables hold at once, parameter by parameter", f"{size} B"
+    if optimizer.stepping == "foreach":
+        formula, figures = "temporaries x gradients", f"{size // gradients} x {gradients}"
     yield Term(
         category="temporary",
         what=f"{optimizer.name} while it steps",
-        formula="copies of gradient and weight, update"
-        if optimizer.factored
-        else "temporaries x gradients",
-        figures=f"{size} B"
-        if optimizer.factored
-        else f"{size // e.parts.layout.gradients} x {e.parts.layout.gradients}",
+        formula=formula,
+        figures=figures,
         bytes=size,
         source=f"{_optimizer_source(optimizer)}, stepping {optimizer.stepping}",
     )

@@ -178,7 +178,9 @@ class Part:
 
     def host(self) -> Host:
         own = [w.nbytes for w, n in self.owned() if n]
-        return host_of(self.zero, self.list, self.flat, self.ranks, self.width, self.accumulation, own)
+        return host_of(
+            self.zero, self.list, self.flat, self.ranks, self.width, self.accumulation, own
+        )
 
 
 def nothing(phase: str, place: int | str) -> int:

@@ -32,9 +32,7 @@ def stage_3(part: Part) -> Sharded:
     loaded, load_peak, prepared = part.loading()
     if part.policy.quantization is None:
         loaded, load_peak = _loading(part, parameters, buffers)
-        prepared = loaded + sum(
-            part.up(w.numel * FP32) for w in parameters if w.role == "adapter"
-        )
+        prepared = loaded + sum(part.up(w.numel * FP32) for w in parameters if w.role == "adapter")
     weights, persistent = flat + apart + buffers, _persistent(part)
     peak = weights + masters
     if not part.offload:

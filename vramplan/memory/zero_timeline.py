@@ -26,7 +26,9 @@ def zero_timeline(
         other, _ = walk(run.program, run.extras, batch, seq)
         forward = _higher(forward, _phase(other, "forward", resident + run.held))
         backward = _higher(backward, _phase(other, "backward", resident + run.held))
-    kept = part.contexts + contexts(part.last, batch, seq)  # the engine steps before the loss is let go
+    kept = part.contexts + contexts(
+        part.last, batch, seq
+    )  # the engine steps before the loss is let go
     end = resident + part.arriving + kept
     return Timeline(
         load=Phase(part.loaded, part.load_peak),

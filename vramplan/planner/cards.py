@@ -11,7 +11,8 @@ from vramplan.hardware.gpu import Gpu, Gpus
 from vramplan.units import format_bytes
 
 Cards = str | Gpu | Gpus | Sequence["str | Gpu | Gpus"] | None
-"""What `fit` takes: a name or size, a card, equal cards, several of these, or None."""
+"""What `fit` takes: a name or size ("4xA100-80GB,2xL40S": several), a card, equal cards, several of
+these, or None."""
 
 
 def groups_of(cards: Cards) -> tuple[list[Gpus], list[str]]:
@@ -34,7 +35,9 @@ def groups_of(cards: Cards) -> tuple[list[Gpus], list[str]]:
 
 
 def _listed(cards: Cards) -> list[str | Gpu | Gpus]:
-    if isinstance(cards, (str, Gpu, Gpus)):
+    if isinstance(cards, str):
+        return [part.strip() for part in cards.split(",")]
+    if isinstance(cards, (Gpu, Gpus)):
         return [cards]
     assert cards is not None
     listed = list(cards)

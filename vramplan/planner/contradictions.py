@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
 from vramplan.errors import IllegalRecipe, UserError
 from vramplan.planner.goal import Goal, contradiction
-from vramplan.planner.space import Space
+from vramplan.planner.space import Refusal, Space
 from vramplan.recipe.recipe import LoRA
 
 
-def explain_emptiness(space: Space) -> UserError:
-    """The error for a space without a single legal recipe."""
+def explain_emptiness(space: Space, late: Sequence[Refusal] = ()) -> UserError:
+    """The error for a space without a single legal recipe. `late`: refusals of what seemed legal
+    until its sizes were known."""
+    if late:
+        return IllegalRecipe(f"what is decided leaves no legal recipe: {late[0].reason}")
     goal = space.goal
     decisions = _decisions(goal)
     for one in decisions:
@@ -24,7 +28,7 @@ def explain_emptiness(space: Space) -> UserError:
         found = _empty(space, pair)
         if found is not None:
             return contradiction(_said(pair[0]), _said(pair[1]), found.rstrip("."))
-    reason = space.refused[0].reason if space.refused else "no card count divides the batch"
+    reason = space.refused[-1].reason if space.refused else "no card count divides the batch"
     return IllegalRecipe(f"what is decided leaves no legal recipe: {reason}")
 
 

@@ -42,7 +42,12 @@ def document_of(plan: Plan) -> dict[str, Any]:
         "considered": {"evaluated": plan.evaluated, **plan.counts},
         "notes": list(plan.notes),
     }
-    if plan.pick is not None:
+    if plan.pick is None:
+        from vramplan.planner.explain import smallest_card
+
+        found = smallest_card(plan)
+        document["smallest_card"] = None if found is None else {"gpu": found[0].id}
+    else:
         needed = plan.estimate
         assert needed is not None
         step = plan.step_of(plan.pick)

@@ -25,8 +25,9 @@ a2-highgpu-1g), 144 (Amazon's p4d.24xlarge), 256 (p5.48xlarge)."""
 Objective = Literal["cost", "time"]
 OBJECTIVES: tuple[Objective, ...] = ("cost", "time")
 
-ZERO_PINS = ("zero", "offload_optimizer", "offload_param")
+ZERO_PINS = ("zero", "offload_optimizer", "offload_param", "nvme_path")
 """Parts of DeepSpeed that can be decided by themselves; `zero` is the stage, or None."""
+_OFFLOADS = ("offload_optimizer", "offload_param")
 _NOT_PINS = ("lora", "seq_len")  # the goal has fields of its own for these
 PINS = (*(f.name for f in fields(Recipe) if f.name not in _NOT_PINS), *ZERO_PINS)
 
@@ -143,9 +144,11 @@ def _check_value(name: str, value: object) -> None:
         if value is not None:
             DeepSpeed(stage=value)  # type: ignore[arg-type]
         return
-    if name in ZERO_PINS:
+    if name in _OFFLOADS:
         if value is not None and value not in DEVICES:
             raise UnknownName(f"deepspeed.{name}", value, DEVICES)
+        return
+    if name == "nvme_path":
         return
     try:
         Recipe(**{name: value})  # type: ignore[arg-type]
@@ -201,16 +204,18 @@ def _check_zero(pins: Mapping[str, Any]) -> None:
     named = [n for n in ZERO_PINS if n in pins]
     if "deepspeed" in pins and named:
         raise contradiction("deepspeed", named[0].replace("_", " "), "one holds the other")
-    if "zero" not in pins:
-        return
-    stage = pins["zero"]
-    for name in ("offload_optimizer", "offload_param"):
+    path = pins.get("nvme_path")
+    stage = pins.get("zero", 3)
+    for name in _OFFLOADS:
         if pins.get(name) is None:
             continue
         if stage is None:
             raise contradiction("no ZeRO", f"{name} {pins[name]}", "ZeRO is what offloads")
+        fields: dict[str, Any] = {name: pins[name], "nvme_path": path}
+        if pins[name] == "nvme" and path is None:
+            DeepSpeed(stage=3, **fields)  # says what is missing
         try:
-            DeepSpeed(stage=stage, **{name: pins[name]})
+            DeepSpeed(stage=stage, **fields)
         except IllegalRecipe as error:
             raise contradiction(f"ZeRO stage {stage}", f"{name} {pins[name]}", str(error)) from None
 

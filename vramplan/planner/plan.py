@@ -196,8 +196,8 @@ def _planned(
     host_memory = _host_memory(goal, gpus)
     space = Space(arch, gpus.gpu, gpus.count, goal, whole=whole)
     found = search(space, Evaluator(arch, gpus, host_memory, memory), seconds_of)
-    if not found.candidates:
-        raise explain_emptiness(space)
+    if all(c.required is None for c in found.candidates):
+        raise explain_emptiness(space, found.refused)
     return Plan(
         id=name,
         source=model,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from vramplan.errors import UserError
 from vramplan.hardware.gpu import Gpus
 from vramplan.memory import allocator
 from vramplan.memory.estimate import Estimate, estimate
@@ -22,7 +23,7 @@ from vramplan.memory.states import layout
 from vramplan.memory.timeline import Parts, parts, run_timeline
 from vramplan.models.architecture import Architecture
 from vramplan.planner.candidates import FITS, HOST, TOO_LARGE, Candidate
-from vramplan.planner.space import NO_BETTER, Draft, Space
+from vramplan.planner.space import NO_BETTER, Draft, Refusal, Space
 from vramplan.recipe.optimizers import find_optimizer
 from vramplan.recipe.recipe import Recipe
 from vramplan.timing.links import paging_seconds
@@ -142,7 +143,8 @@ class Searched(NamedTuple):
     """A space, evaluated."""
 
     candidates: list[Candidate]
-    space: Space
+    refused: list[Refusal]
+    """What was refused only when it was evaluated."""
     evaluated: int
     """Of them, those whose memory was reckoned in full."""
 
@@ -151,15 +153,20 @@ def search(space: Space, evaluator: Evaluator, clock: Clock, *, pruning: bool = 
     """Every draft of `space` with its verdict. `pruning` False evaluates what no plan is better
     for as well: it finds the same plans, later."""
     found: list[Candidate] = []
+    refused: list[Refusal] = []
     evaluated = 0
     for draft in space.drafts():
         if draft.verdict and (pruning or draft.verdict != NO_BETTER):
             found.append(_unevaluated(draft))
             continue
-        candidate = judged(draft, evaluator, pruning=pruning)
+        try:
+            candidate = judged(draft, evaluator, pruning=pruning)
+        except UserError as error:  # what only the model's sizes show
+            refused.append(Refusal(draft.method, str(error)))
+            continue
         evaluated += not candidate.at_least
         found.append(timed(candidate, evaluator, clock) if candidate.fits else candidate)
-    return Searched(found, space, evaluated)
+    return Searched(found, refused, evaluated)
 
 
 def _unevaluated(draft: Draft) -> Candidate:
@@ -202,9 +209,9 @@ def judged(draft: Draft, evaluator: Evaluator, *, pruning: bool = True) -> Candi
 
 def _host(needed: Estimate) -> int:
     """Host memory of all ranks while they train, or, if that is more, while they load."""
-    if needed.sharded is None:
+    host = needed.host
+    if host is None:
         return 0
-    host = needed.sharded.host
     return needed.recipe.world_size * max(host.pinned + host.pageable, host.loading)
 
 

@@ -17,7 +17,7 @@ from vramplan.hardware.gpu import Gpu
 from vramplan.memory.legality import WITHOUT_FLASH_ATTENTION_2, WITHOUT_SDPA, check_model
 from vramplan.models.architecture import Architecture
 from vramplan.models.tensors import inventory
-from vramplan.planner.goal import Goal, quantizations
+from vramplan.planner.goal import ZERO_PINS, Goal, quantizations
 from vramplan.recipe.deepspeed import DeepSpeed
 from vramplan.recipe.recipe import LoRA, Recipe
 
@@ -90,10 +90,12 @@ class Space:
         optimizers = self._pinned("optimizer", self._optimizers(zero))
         for chosen in product(*fields):
             marked = [choice for choice in chosen if choice.verdict]
+            # What changes the result says more than what only costs.
+            marked.sort(key=lambda choice: choice.verdict == NO_BETTER)
             common = dict(zip(_FIELDS, (choice.value for choice in chosen), strict=True))
             common |= {"lora": lora, "deepspeed": zero, "world_size": world}
             for optimizer in optimizers:
-                first = [*marked, optimizer][0] if marked or optimizer.verdict else _PLAIN
+                first = marked[0] if marked else optimizer
                 for batch, steps in batches:
                     recipe = self._legal(method, common, optimizer.value, batch, steps)
                     if recipe is None:
@@ -196,7 +198,8 @@ class Space:
         if zero is not None:
             why = "DeepSpeed takes its own AdamW for either"
             return (Choice("adamw_torch_fused"), Choice("adamw_torch", NO_BETTER, why))
-        why = "adamw_torch_fused keeps the same states, and makes no temporaries"
+        why = "adamw_torch_fused keeps the same states but for its step counts (512 bytes a tensor)"
+        why += ", and makes no temporaries"
         found = [
             Choice("adamw_torch_fused"),
             Choice("adamw_torch", NO_BETTER, why),
@@ -210,7 +213,7 @@ class Space:
         pins = self.goal.pins
         if "deepspeed" in pins:
             return [pins["deepspeed"]]
-        if not any(name in pins for name in ("zero", "offload_optimizer", "offload_param")):
+        if not any(name in pins for name in ZERO_PINS):
             kinds = _ZERO_ALONE if world == 1 else _ZERO
             return [None, *(_zero(*kind) for kind in kinds[method])]
         return list(self._pinned_zeros())
@@ -218,7 +221,7 @@ class Space:
     def _pinned_zeros(self) -> Iterator[DeepSpeed | None]:
         """All that agree with what is pinned of ZeRO."""
         pins = self.goal.pins
-        offloads = [pins.get(name) for name in ("offload_optimizer", "offload_param")]
+        offloads = [pins.get(name) for name in ZERO_PINS[1:]]
         if pins.get("zero") is None and not any(offloads):
             yield None
         if "zero" in pins and pins["zero"] is None:
@@ -228,7 +231,7 @@ class Space:
         weights = _either(pins, "offload_param")
         for stage, optimizer, param in product(stages, optimizers, weights):
             try:
-                yield _zero(stage, optimizer, param)
+                yield _zero(stage, optimizer, param, pins.get("nvme_path"))
             except UserError:
                 continue
 
@@ -242,7 +245,6 @@ _FIELDS = (
     "gradient_checkpointing",
     "allocator",
 )
-_PLAIN = Choice(None)
 _ALLOCATORS = (
     Choice("expandable_segments"),
     Choice("default", NO_BETTER, "expandable segments fragment less, and cost nothing"),
@@ -278,8 +280,10 @@ def _either(pins: Any, name: str) -> tuple[Any, ...]:
 
 
 @cache
-def _zero(stage: int, optimizer: Any, param: Any) -> DeepSpeed:
-    return DeepSpeed(stage=stage, offload_optimizer=optimizer, offload_param=param)
+def _zero(stage: int, optimizer: Any, param: Any, nvme_path: str | None = None) -> DeepSpeed:
+    return DeepSpeed(
+        stage=stage, offload_optimizer=optimizer, offload_param=param, nvme_path=nvme_path
+    )
 
 
 @cache

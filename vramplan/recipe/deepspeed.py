@@ -49,6 +49,8 @@ _FLAGS = (
     "pipeline_write",
     "fast_init",
 )
+SWAPPED_TENSORS = 4
+"""Of a sub-group on NVMe: master, gradient and AdamW's states."""
 SYS_MAXSIZE = 2**63 - 1
 """stage3_model_persistence_threshold's default: sys.maxsize."""
 
@@ -152,6 +154,24 @@ class DeepSpeed:
             raise IllegalRecipe(
                 f"deepspeed.offload_param with stage {self.stage}: weights are partitioned, and so "
                 "offloaded, in stage 3 alone (runtime/zero/config.py). Use stage 3, or leave it out"
+            )
+        self._check_nvme()
+
+    def _check_nvme(self) -> None:
+        """What runtime/swap_tensor/ would stumble over while the engine is made."""
+        swapped = [n for n in ("offload_optimizer", "offload_param") if getattr(self, n) == "nvme"]
+        if swapped and self.nvme_path is None:
+            raise IllegalRecipe(
+                f"deepspeed.{swapped[0]} 'nvme' without a path: DeepSpeed has no default for "
+                "nvme_path (stage3.py, _configure_tensor_swapping joins it to a folder's name). "
+                "Set nvme_path (--nvme-path) to a folder on the drive"
+            )
+        if "offload_optimizer" in swapped and self.optimizer_buffer_count < SWAPPED_TENSORS:
+            raise IllegalRecipe(
+                f"deepspeed.optimizer_buffer_count {self.optimizer_buffer_count} with states on "
+                f"NVMe: a sub-group is swapped in as {SWAPPED_TENSORS} tensors (master, gradient, "
+                "AdamW's two states), each in a buffer of its own (partitioned_optimizer_swapper"
+                f".py, swap_in_optimizer_state). Use at least {SWAPPED_TENSORS}"
             )
 
     def sizes(self, hidden: int) -> dict[str, int]:

@@ -60,7 +60,7 @@ _HYPER = {
     "optimizer.params.weight_decay": "weight_decay",
     "gradient_clipping": "max_grad_norm",
 }
-_BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+_MAY_BE_NULL = ("overlap_comm", "nvme_path")  # Optional in DeepSpeed's models
 
 
 def counts_in(zero: DeepSpeed) -> tuple[str, ...]:
@@ -223,7 +223,7 @@ class _Reader:
 
     def _flag(self, key: str) -> bool | None:
         value = self._get(key)
-        if value is None or value == AUTO:
+        if key not in self.flat or value == AUTO:
             return None
         if type(value) is not bool:
             raise InvalidValue(f"{self.name}: {key}", value, 'true, false or "auto"')
@@ -262,13 +262,22 @@ class _Reader:
             value = self._get(key)
             if value is None or value == AUTO:
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
-                raise InvalidValue(f"{self.name}: {key}", value, 'a number from 0, or "auto"')
-            found[name] = float(value)
+            found[name] = self._number(key, value)
         betas = self._get("optimizer.params.betas")
-        if isinstance(betas, (list, tuple)) and len(betas) == 2:
-            found["adam_beta1"], found["adam_beta2"] = map(float, betas)
+        if betas is not None and betas != AUTO:
+            if not isinstance(betas, (list, tuple)) or len(betas) != 2:
+                key = "optimizer.params.betas"
+                raise InvalidValue(f"{self.name}: {key}", betas, 'two numbers, or "auto"')
+            found["adam_beta1"], found["adam_beta2"] = (
+                self._number("optimizer.params.betas", beta) for beta in betas
+            )
         return found
+
+    def _number(self, key: str, value: Any) -> float:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not 0 <= value < float("inf"):
+            raise InvalidValue(f"{self.name}: {key}", value, 'a number from 0, or "auto"')
+        return float(value)
 
     def _deepspeed(self) -> DeepSpeed:
         if "zero_optimization" not in self.values:
@@ -276,6 +285,11 @@ class _Reader:
         if self.stage is not None:
             self.flat["zero_optimization.stage"] = self.stage
         self._replace_deprecated()
+        if self._get("zero_optimization.legacy_stage1") is True:
+            raise IllegalRecipe(
+                f"{self.name}: legacy_stage1: DeepSpeed has taken it out, and refuses it "
+                "(runtime/engine.py, _configure_zero_optimizer). Leave it out"
+            )
         stage = self._get("zero_optimization.stage")
         given = {name: self._field(name, key) for name, key in ds_keys.FIELDS.items()}
         values = {name: value for name, value in given.items() if value is not None}
@@ -288,17 +302,22 @@ class _Reader:
             first = values.setdefault("nvme_path", second)
             if first != second:
                 self.warn(f"two nvme_path: {first!r} is taken for both")
-        if values.get("offload_optimizer") is None:  # its settings mean nothing
-            for name in ("pin_memory", *_OPTIMIZER_TO_NVME):
-                values.pop(name, None)
         try:
-            return only_what_counts(DeepSpeed(**values))
+            zero = DeepSpeed(**values)
+            if zero.reduce_bucket_size == 0:
+                raise InvalidValue("reduce_bucket_size", 0, "at least 1")
+            if zero.offload_optimizer is None:  # its other settings mean nothing
+                zero = replace(zero, pin_memory=True)
+            return only_what_counts(zero)
         except UserError as error:
             raise UserError(f"{self.name}: {error}") from error
 
     def _field(self, name: str, key: str) -> Any:
         """A field's value as the dataclass takes it; it judges the range."""
-        value = self._get(f"zero_optimization.{key}")
+        full = f"zero_optimization.{key}"
+        value = self._get(full)
+        if value is None and full in self.flat and name not in _MAY_BE_NULL:
+            raise InvalidValue(f"{self.name}: {full}", None, "a value, or left out")
         if name in ("offload_optimizer", "offload_param"):
             return None if value == "none" else value
         if value == AUTO and name not in _LEFT_OUT:
@@ -310,6 +329,8 @@ class _Reader:
             ("cpu_offload", "offload_optimizer"),
             ("cpu_offload_param", "offload_param"),
         ):
+            if self._get(f"zero_optimization.{old}") is None:  # Optional: null is no request
+                continue
             if self._flag(f"zero_optimization.{old}"):
                 self.flat.setdefault(f"zero_optimization.{new}.device", "cpu")
                 self.warn(f"zero_optimization.{old} is deprecated: {new} replaces it")

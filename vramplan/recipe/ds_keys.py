@@ -18,7 +18,7 @@ HONOURED = frozenset(
         *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
         *("bf16.enabled", "bfloat16.enabled", "fp16.enabled", "optimizer.type"),
         *("optimizer.params.torch_adam", "zero_optimization.cpu_offload"),
-        *("zero_optimization.cpu_offload_param", "zero_optimization.cpu_offload_use_pin_memory"),
+        "zero_optimization.cpu_offload_param",
     )
 )
 """Beyond those that are a field of DeepSpeed."""
@@ -86,7 +86,7 @@ NO_MEMORY = frozenset(
                 *("load_from_fp32_weights", "stage3_gather_16bit_weights_on_model_save"),
                 *("stage3_gather_fp16_weights_on_model_save", "ignore_unused_parameters"),
                 *("pipeline_loading_checkpoint", "override_module_apply", "legacy_stage1"),
-                *("log_trace_cache_warnings", "enable_sanity_checks"),
+                *("log_trace_cache_warnings", "enable_sanity_checks", "cpu_offload_use_pin_memory"),
                 "offload_optimizer.cpuadam_cores_perc",
             )
         ),

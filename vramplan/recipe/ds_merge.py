@@ -26,12 +26,12 @@ _NONE = ("none", "no")
 
 
 def merged(
-    path: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Mapping[str, Any],
     values: Mapping[str, Any],
     chosen: Mapping[str, Any],
     cards: int | None = None,
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """`values` with what the file says, and what there is to warn of.
+    """`values` with what the file (or its contents) says, and what there is to warn of.
 
     `values`: fields of a recipe file; `chosen`: the options that were given, with `zero` for the
     stage; `cards`: how many were named.
@@ -41,11 +41,11 @@ def merged(
     stage = chosen.get("zero")
     if stage is not None and stage.lower() in _NONE:
         raise IllegalRecipe(
-            f"--zero {stage} and --deepspeed {os.fspath(path)} contradict each other: leave one out"
+            f"--zero {stage} and --deepspeed contradict each other: leave one of them out"
         )
-    config = read_ds_config(path, stage=int(stage) if stage and stage.isdigit() else stage)
+    config = read_ds_config(source, stage=int(stage) if stage and stage.isdigit() else stage)
     merger = _Merger(config, dict(values), chosen)
-    merger.deepspeed(read_ds_config(path) if stage else config)
+    merger.deepspeed(read_ds_config(source) if stage else config)
     merger.fields()
     merger.ranks(cards)
     return merger.values, (*config.warnings, *merger.warnings)

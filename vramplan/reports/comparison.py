@@ -31,6 +31,8 @@ class Parting:
     """ "inputs", "layer 3", "head", ..."""
     what: str
     """Whether they part in what the section keeps, or in its highest instant."""
+    first: str = ""
+    """The first operation of the section that makes what the other side has not."""
     estimate: int
     trace: int
     only_in_estimate: tuple[str, ...]
@@ -118,6 +120,8 @@ def _parting(c: Comparison) -> Iterator[str]:
         f"{format_bytes(p.estimate)}, trace {format_bytes(p.trace)}.",
         WIDTH,
     )
+    if p.first:
+        yield from wrap(f"The first op: {p.first}.", WIDTH)
     for title, only in (("estimate", p.only_in_estimate), ("trace", p.only_in_trace)):
         if only:
             yield f"  Only in the {title}:"

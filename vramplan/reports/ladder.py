@@ -11,7 +11,7 @@ from vramplan.units import format_bytes
 if TYPE_CHECKING:
     from vramplan.planner.ladder import Ladder, Rung
 
-_BAR = 16
+_BAR = 14
 
 
 def show(found: Ladder, look: Look = Look()) -> str:  # noqa: B008

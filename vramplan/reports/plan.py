@@ -155,19 +155,19 @@ def reasons(plan: Plan) -> Iterator[str]:
         if method in plan.best:
             best = plan.best[method]
             yield (
-                f"{METHOD_NAMES[method].capitalize()} fits only by reaching for host memory "
+                f"{_title(method)} fits only by reaching for host memory "
                 f"({format_bytes(best.host)} of it), and {pace_said(plan, best)}."
             )
         elif method in plan.misses and not plan.misses[method].too_much:
             miss = plan.misses[method]
             yield (
-                f"{METHOD_NAMES[method].capitalize()} does not fit: it would take "
+                f"{_title(method)} does not fit: it would take "
                 f"{format_bytes(miss.host)} of host memory. {host_said(plan)}"
             )
         elif method in plan.misses:
             miss = plan.misses[method]
             yield (
-                f"{METHOD_NAMES[method].capitalize()} does not fit: at its least it needs "
+                f"{_title(method)} does not fit: at its least it needs "
                 f"{format_bytes(miss.required or 0)}, {format_bytes(miss.too_much)} too much."
             )
     if len(plan.goal.considered) > 1:
@@ -185,6 +185,11 @@ def reasons(plan: Plan) -> Iterator[str]:
             f"{pace_said(plan, quickest)}."
         )
     yield from _larger_batch(plan)
+
+
+def _title(method: str) -> str:
+    name = METHOD_NAMES[method]
+    return name[:1].upper() + name[1:]
 
 
 def _larger_batch(plan: Plan) -> Iterator[str]:

@@ -157,9 +157,9 @@ def _zero(zero: DeepSpeed) -> str:
 
 def _host(needed: Estimate, look: Look) -> Iterator[str]:
     """What each rank keeps outside its GPU."""
-    if needed.sharded is None:
+    host, ranks = needed.host, needed.recipe.world_size
+    if host is None:
         return
-    host, ranks = needed.sharded.host, needed.recipe.world_size
     if ranks > 1:
         yield from _wrap(
             f"These are the figures of each of {ranks} ranks, one a GPU.", look, indent=2
@@ -178,7 +178,8 @@ def _host(needed: Estimate, look: Look) -> Iterator[str]:
         every = f", of all {ranks} {format_bytes(ranks * host.loading)}" if ranks > 1 else ""
         yield from _wrap(
             f"While loading, each rank has the weights in host memory: "
-            f"{format_bytes(host.loading)}{every}.",
+            f"{format_bytes(host.loading)}{every}; a node's ranks share what is mapped from "
+            "safetensors and not converted.",
             look,
             indent=2,
         )

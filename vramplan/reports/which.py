@@ -43,7 +43,8 @@ def _table(offers: Sequence[Offer], look: Look) -> Iterator[str]:
     method = offers[0].pick.method
     mine = [offer for offer in offers if offer.pick.method == method]
     head = f"{'required':>11}{'tokens/s':>10}{'hours':>8}{'cost':>14}"
-    yield look.paint(f"{METHOD_NAMES[method].capitalize():<36}{head}", "heading")
+    name = METHOD_NAMES[method]
+    yield look.paint(f"{name[:1].upper() + name[1:]:<36}{head}", "heading")
     for offer in mine[:_ROWS]:
         yield _row(offer)
     if len(mine) > _ROWS:

@@ -7,7 +7,6 @@ later.
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 from functools import lru_cache
 from operator import mul
@@ -21,7 +20,16 @@ from vramplan.timing.kernels import Seconds, seconds_of
 from vramplan.timing.rates import HOST, HOST_EXPERT, Rates, rates_of
 from vramplan.timing.work import Kernel, Stretch, count_work
 
+Work = tuple[tuple[float, ...], tuple[float, ...]]
+"""Pointwise seconds, a polynomial in batch and sequence; and how many there are of each kernel."""
 PARTS = ("forward", "recompute", "backward", "dequantize")
+THROTTLED, COOL = 1.18, 0.45
+"""Products without a break run into the card's power limit: 662 TFLOP/s after half a second, 780
+before (H200, 700 W). Where they take no more than this share of the time they don't: 78.1 ms of
+them in a step of 171 ms ran at 777."""
+UNEVEN = 5.0
+"""Work within a stretch is uneven, so that the card and the host wait for each other by turns: the
+shorter of the two adds to the longer as in a norm of this order (6 % where it is 4/5 of it)."""
 SYNCHRONIZES = ("int8",)
 """Kinds whose host waits for the card (int8 asks how many outliers there are), so that the card
 then waits for the host."""
@@ -34,9 +42,8 @@ class Beat(NamedTuple):
     host: float
     """Seconds of launching."""
     stall: float
-    """Seconds that the card waits whatever the host is ahead."""
-    parts: tuple[tuple[int, tuple[float, ...], tuple[tuple[int, int], ...]], ...]
-    """Part, polynomial of its pointwise seconds, and (kernel, how many) of the others."""
+    """Seconds that the card waits however far the host is ahead."""
+    work: Work
 
 
 class Spent(NamedTuple):
@@ -51,6 +58,10 @@ class Clock(NamedTuple):
     """A step's work on one card."""
 
     beats: tuple[Beat, ...]
+    parts: tuple[Work, ...]
+    """The whole step's, by PARTS."""
+    products: tuple[float, ...]
+    """How many there are of each kernel in the whole step, where it is a product (THROTTLED)."""
     kernels: tuple[Seconds, ...]
 
     def run(self, batch: int, seq: int) -> Spent:
@@ -58,18 +69,21 @@ class Clock(NamedTuple):
         powers = powers_of(batch, seq)
         times = [seconds(powers) for seconds in self.kernels]
         host = card = 0.0
-        totals = [0.0] * len(PARTS)
-        for repeats, launching, stall, parts in self.beats:
-            working = stall
-            for part, polynomial, kernels in parts:
-                took = sum(map(mul, polynomial, powers))
-                for k, n in kernels:
-                    took += n * times[k]
-                totals[part] += repeats * took
-                working += took
+        for repeats, launching, stall, (polynomial, counts) in self.beats:
+            working = stall + sum(map(mul, polynomial, powers)) + sum(map(mul, counts, times))
             host += repeats * launching
             card = max(card + repeats * working, host)
-        return Spent(card, tuple(totals))
+        parts = [sum(map(mul, p, powers)) + sum(map(mul, n, times)) for p, n in self.parts]
+        busy, dense = sum(parts), sum(map(mul, self.products, times))
+        share = dense / card
+        if share > COOL:
+            hot = dense * (THROTTLED - 1) * (share - COOL) / (1 - COOL)
+            card += hot
+            parts = [part * (1 + hot / busy) for part in parts]
+            busy += hot
+        less = min(host, busy)
+        total = (card**UNEVEN + less**UNEVEN) ** (1 / UNEVEN)
+        return Spent(total, tuple(parts))
 
 
 @lru_cache(maxsize=4096)
@@ -87,39 +101,58 @@ def _essential(policy: Policy) -> Policy:
 def clock_of(arch: Architecture, policy: Policy, gpu: Gpu) -> Clock:
     """Compiled once for a model, a policy and a card."""
     rates = rates_of(gpu, policy.attention == "flash_attention_2")
-    index: dict[Kernel, int] = {}
-    beats = tuple(_beat(s, rates, index) for s in count_work(arch, policy))
-    return Clock(beats, tuple(seconds_of(k, rates) for k in index))
-
-
-def _beat(stretch: Stretch, rates: Rates, index: dict[Kernel, int]) -> Beat:
-    host, stall = sum(HOST[what] * n for what, n in stretch.host.items()), 0.0
-    polynomials = {part: [0.0] * len(MONOMIALS) for part in PARTS}
-    kernels: dict[str, Counter[int]] = {part: Counter() for part in PARTS}
-    for (part, monomial), traffic in stretch.traffic.items():
-        took = traffic.nbytes / rates.bandwidth + traffic.elements / rates.elements
-        polynomials[part][monomial] += took
-        polynomials[part][0] += traffic.kernels * rates.kernel
-    for (part, kernel), count in stretch.kernels.items():
-        place = "dequantize" if kernel.kind == "dequantize" else part
-        kernels[place][index.setdefault(kernel, len(index))] += count
-        launching = count * _launching(kernel, part, rates)
-        host += launching
-        if kernel.kind in SYNCHRONIZES and part != "backward":
-            stall += launching
-    return Beat(
-        stretch.repeats,
-        host,
-        stall,
-        tuple(
-            (number, tuple(polynomials[part]), tuple(kernels[part].items()))
-            for number, part in enumerate(PARTS)
-            if any(polynomials[part]) or kernels[part]
-        ),
+    stretches = count_work(arch, policy)
+    kernels = list(dict.fromkeys(kernel for s in stretches for _, kernel in s.kernels))
+    index = {kernel: k for k, kernel in enumerate(kernels)}
+    whole = [_nothing(len(kernels)) for _ in PARTS]
+    beats = []
+    for s in stretches:
+        work = _nothing(len(kernels))
+        for (part, monomial), traffic in s.traffic.items():
+            took = traffic.nbytes / rates.bandwidth + traffic.elements / rates.elements
+            for (polynomial, _), times in ((work, 1), (whole[PARTS.index(part)], s.repeats)):
+                polynomial[monomial] += times * took
+                polynomial[0] += times * traffic.kernels * rates.kernel
+        for (part, kernel), count in s.kernels.items():
+            place = "dequantize" if kernel.kind == "dequantize" else part
+            work[1][index[kernel]] += count
+            whole[PARTS.index(place)][1][index[kernel]] += s.repeats * count
+        beats.append(Beat(s.repeats, *_launching(s, rates), _frozen(work)))
+    counts = [sum(n) for n in zip(*(part[1] for part in whole), strict=True)]
+    products = [n * _heats(k) for k, n in zip(kernels, counts, strict=True)]
+    return Clock(
+        tuple(beats),
+        tuple(map(_frozen, whole)),
+        tuple(products),
+        tuple(seconds_of(k, rates) for k in kernels),
     )
 
 
-def _launching(kernel: Kernel, part: str, rates: Rates) -> float:
+def _heats(kernel: Kernel) -> bool:
+    """A product of the tensor cores; those in fp32 were not seen to slow down."""
+    return kernel.kind.endswith("product") and "fp32" not in kernel.figures
+
+
+def _nothing(kernels: int) -> tuple[list[float], list[float]]:
+    return [0.0] * len(MONOMIALS), [0.0] * kernels
+
+
+def _frozen(work: tuple[list[float], list[float]]) -> Work:
+    return tuple(work[0]), tuple(work[1])
+
+
+def _launching(stretch: Stretch, rates: Rates) -> tuple[float, float]:
+    """Seconds that the host launches a stretch, and those for which the card waits at any rate."""
+    host, stall = sum(HOST[what] * n for what, n in stretch.host.items()), 0.0
+    for (part, kernel), count in stretch.kernels.items():
+        each = count * _launching_one(kernel, part, rates)
+        host += each
+        if kernel.kind in SYNCHRONIZES and part != "backward":
+            stall += each
+    return host, stall
+
+
+def _launching_one(kernel: Kernel, part: str, rates: Rates) -> float:
     """What a kernel costs the host beside its op."""
     if kernel.kind == "grouped product":
         *_, dtype, _, experts = kernel.figures

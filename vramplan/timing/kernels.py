@@ -44,7 +44,8 @@ DEQUANTIZING = 3
 
 def seconds_of(kernel: Kernel, rates: Rates) -> Seconds:
     """The time of a kernel on a card."""
-    return _RULES[kernel.kind](rates, *kernel.figures)
+    rule: Callable[..., Seconds] = _RULES[kernel.kind]
+    return rule(rates, *kernel.figures)
 
 
 def _product(rates: Rates, rows: Size, n_in: int, n_out: int, dtype: str, of: str) -> Seconds:

@@ -1,8 +1,9 @@
 """What moves between cards, and between a card and its host, in a step.
 
-Sources: DeepSpeed 0.19.8, runtime/zero/stage_1_and_2.py and stage3.py (what is reduced, gathered
-and copied, and when); torch 2.11 nn/parallel/distributed.py (DDP's buckets, reduced while backward
-runs). A ring moves (n - 1) / n of the bytes for a gather or a scatter, twice that for both.
+Sources: DeepSpeed 0.19.8, runtime/zero/stage_1_and_2.py (reduce_ipg_grads, step,
+async_inplace_copy_grad_to_fp32_buffer_from_gpu, unscale_and_clip_grads) and stage3.py; torch 2.11,
+nn/parallel/distributed.py (DDP's buckets are reduced while backward runs). A ring moves (n - 1) / n
+of the bytes for a gather or a scatter, twice that for both.
 """
 
 from __future__ import annotations
@@ -16,16 +17,14 @@ from vramplan.memory.values import ITEMSIZE
 from vramplan.models.architecture import Architecture
 from vramplan.models.tensors import inventory
 from vramplan.recipe.recipe import Recipe
-from vramplan.timing.rates import rates_of
+from vramplan.timing.rates import PAGEABLE, rates_of
 from vramplan.timing.stepping import Step
 
 LINK = 0.80
 """Of a link's bandwidth: all-reduce of 1 GiB on 8 H100 ran at 361 GB/s of bus bandwidth, of 450
 (NCCL without multicast, 2026-11-13)."""
 PCIE_SHARE = 0.87
-"""Of a PCIe link's bandwidth: 55.4 GB/s of 63.0, page-locked memory, either way (H200, PCIe 5.0)."""
-PAGEABLE = 13e9
-"""Bytes a second of pageable host memory (9 to the card, 17 back)."""
+"""Of a PCIe link's bandwidth: 55.4 GB/s of 63.0 with page-locked memory, either way (an H200)."""
 PCIE = {"hopper": 63e9, "blackwell": 63e9}
 OTHER_PCIE = 31.5e9
 """PCIe 4.0 x16."""
@@ -34,7 +33,7 @@ BETWEEN_NODES = 25e9
 link of its own, and for more ranks than a machine holds."""
 NODE = 8
 HIDDEN = 0.8
-"""Of backward's time, how much can hide communication that overlaps with it."""
+"""Of the time of backward (in stage 3 of forward as well), how much can hide communication."""
 HOST_ADAM = 4.2e9
 """Parameters a second of DeepSpeedCPUAdam: 201e6 in 47 ms (16 cores of an Intel Xeon, AVX-512)."""
 HOST_STREAM = 1.0e11
@@ -64,11 +63,10 @@ def paging_seconds(nbytes: int, gpu: Gpu) -> float:
     return 2 * nbytes / min(PAGEABLE, pcie(gpu))
 
 
-def link(gpus: Gpus, ranks: int) -> float:
-    """Bytes a second that a rank sends in a ring."""
-    if ranks > NODE:
-        return LINK * min(BETWEEN_NODES, gpus.gpu.link_bandwidth or BETWEEN_NODES)
-    return LINK * (gpus.gpu.link_bandwidth or BETWEEN_NODES)
+def link(gpus: Gpus, ranks: int, network: float = BETWEEN_NODES) -> float:
+    """Bytes a second that a rank sends in a ring; `network`: each card's between machines."""
+    inside = gpus.gpu.link_bandwidth or network
+    return LINK * (min(network, inside) if ranks > NODE else inside)
 
 
 @lru_cache(maxsize=256)
@@ -77,14 +75,24 @@ def _weight_bytes(arch: Architecture, width: int) -> int:
 
 
 def exchange(
-    arch: Architecture, policy: Policy, recipe: Recipe, gpus: Gpus, step: Step, backward: float
+    arch: Architecture,
+    policy: Policy,
+    recipe: Recipe,
+    gpus: Gpus,
+    step: Step,
+    cover: tuple[float, float],
+    network: float = BETWEEN_NODES,
 ) -> Exchange:
-    """What ranks and hosts add to a step, and what its update takes then."""
+    """What ranks and hosts add to a step, and what its update takes then.
+
+    `cover`: seconds of forward and of backward, behind which communication can hide.
+    """
     zero, ranks, steps = recipe.deepspeed, recipe.world_size, recipe.gradient_accumulation_steps
     stage = 0 if zero is None else zero.stage
-    pace, share = link(gpus, ranks), (ranks - 1) / ranks
+    pace, share = link(gpus, ranks, network), (ranks - 1) / ranks
     whole = _weight_bytes(arch, ITEMSIZE[policy.weight_dtype])
     hidden = after = 0.0
+    forward, backward = cover
     if stage < 2:  # once a step, behind the last micro-batch's backward
         hidden, backward = 2 * share * step.gradients / pace, backward / steps
     else:
@@ -93,6 +101,7 @@ def exchange(
         after = share * step.gradients / pace
     if stage == 3:  # gathered for forward, and again for backward
         hidden += 2 * steps * share * whole / pace
+        backward += forward
     communication = after + max(0.0, hidden - HIDDEN * backward)
     if zero is None or stage == 0:
         return Exchange(communication, 0.0, step.card)
@@ -104,8 +113,10 @@ def exchange(
     if zero.offload_optimizer is not None:
         near = min(ranks, NODE)  # ranks that share a host's cores and memory
         optimizer = part * near / HOST_ADAM
-        offload = part * (steps * width + width) / pcie(gpus.gpu)
-        offload += part * near * 3 * MASTER / HOST_STREAM  # gradients in fp32, weights in 16 bits
+        # gradients in fp32 come while backward runs, weights go back when the step is done
+        offload = max(0.0, steps * part * MASTER / pcie(gpus.gpu) - HIDDEN * cover[1])
+        offload += part * width / pcie(gpus.gpu)
+        offload += part * near * (2 * MASTER + MASTER + width) / HOST_STREAM  # scaled; cast
     if zero.offload_param is not None:
         offload += 2 * steps * whole / ranks / pcie(gpus.gpu)
     return Exchange(communication, offload, optimizer)

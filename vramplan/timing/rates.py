@@ -91,22 +91,24 @@ UPDATES_AT = 66.9e12
 # --- the host -----------------------------------------------------------------------------------
 
 HOST: Mapping[str, float] = {
-    "op": 17.5 * US,
+    "op": 13.5 * US,
     "view": 4 * US,
     "kernel": 4 * US,
     "linear": 8 * US,
-    "adapter": 126 * US,
-    "layer": 126 * US,
-    "dequantize": 110 * US,
-    "dequantize backward": 82 * US,
-    "int8": 427 * US,
-    "int8 backward": 89 * US,
+    "adapter": 144 * US,
+    "layer": 128 * US,
+    "dequantize": 145 * US,
+    "dequantize backward": 110 * US,
+    "int8": 480 * US,
+    "int8 backward": 108 * US,
     "grouped product": 26 * US,
-    "node": 8 * US,
-    "grad": 14.3 * US,
+    "node": 9 * US,
+    "grad": 12.4 * US,
     "gradient": 6 * US,
-    "hook": 10.7 * US,
-    "checkpoint": 98 * US,
+    "hook": 11.2 * US,
+    "checkpoint": 90 * US,
+    "forward": 630 * US,
+    "backward": 470 * US,
 }
 """Seconds of the thread that launches, by kind of work (vramplan.timing.work, HOST_WORK): fitted to
 sixteen runs of a 16-layer model so small that the card always waits."""
@@ -114,14 +116,23 @@ HOST_EXPERT = 25 * US
 """An expert's own product, where no kernel multiplies all of them."""
 MICRO_BATCH = 1.0e-3
 """Trainer's training_step beside the model: inputs, train(), the loss."""
-MICRO_BATCH_TENSOR, MICRO_BATCH_ADAPTED = 4 * US, 27 * US
+MICRO_BATCH_TENSOR, MICRO_BATCH_ADAPTED = 4 * US, 20 * US
 """More for every trained tensor, and for every adapted module that train() walks through."""
 STEP = 0.6e-3
-STEP_TENSOR, STEP_ADAPTED = 12 * US, 60 * US
+STEP_TENSOR, STEP_ADAPTED = 12 * US, 40 * US
 """Before an update's first kernel: gradients are collected and clipped."""
-STEPPED_TENSOR, STEPPED_ADAPTED = 5 * US, 18 * US
+STEPPED_TENSOR, STEPPED_ADAPTED = 5 * US, 12 * US
 """After its last one: zero_grad, the scheduler."""
-UPDATE_TENSOR = {"fused": 8 * US, "foreach": 14 * US, "per_parameter": 45 * US, "adafactor": 300 * US}
+PAGEABLE = 13e9
+"""Bytes a second of pageable host memory (9 to the card, 17 back)."""
+UPDATE_TENSOR = {
+    "fused": 8 * US,
+    "foreach": 14 * US,
+    "per_parameter": 45 * US,
+    "in_backward": 45 * US,
+    "python": 300 * US,
+}
+"""Launching a parameter's update: "python" is a loop of pointwise kernels, as Adafactor's."""
 
 A_CARD = (125e12, 31e12, 900e9)
 """fp16 FLOP/s, fp32 FLOP/s and bytes/s where nothing but a card's memory is known."""

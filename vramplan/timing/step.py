@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from vramplan.hardware.gpu import Gpus
 from vramplan.memory.precision import policy_of
 from vramplan.models.architecture import Architecture
+from vramplan.recipe.optimizers import LIBRARIES, find_optimizer
 from vramplan.recipe.recipe import Recipe
 from vramplan.timing.clock import PARTS, micro_batch
-from vramplan.timing.links import exchange
+from vramplan.timing.links import BETWEEN_NODES, exchange
 from vramplan.timing.rates import rates_of
 from vramplan.timing.stepping import step_of
 
@@ -32,11 +33,17 @@ class StepTime:
         return self.tokens / self.seconds
 
 
+UNMEASURED = "the pace of {name}'s step was not measured: pointwise kernels are reckoned"
 UNKNOWN = "the rates of {name} are not known: those of a common 24 GB card are taken"
 
 
-def step_time(arch: Architecture, recipe: Recipe, gpus: Gpus) -> StepTime:
-    """Seconds of a steady optimizer step of `recipe` on `recipe.world_size` cards like `gpus`."""
+def step_time(
+    arch: Architecture, recipe: Recipe, gpus: Gpus, *, network: float = BETWEEN_NODES
+) -> StepTime:
+    """Seconds of a steady optimizer step of `recipe` on `recipe.world_size` cards like `gpus`.
+
+    `network`: bytes a second that each card has between machines (more than 8 ranks).
+    """
     gpu = gpus.gpu
     policy = policy_of(recipe, arch, None if gpus.nominal else gpu.compute_capability)
     steps = recipe.gradient_accumulation_steps
@@ -48,12 +55,22 @@ def step_time(arch: Architecture, recipe: Recipe, gpus: Gpus) -> StepTime:
     out["optimizer"], out["communication"], out["offload"] = step.card, 0.0, 0.0
     waiting += max(0.0, step.host - step.card)
     if recipe.world_size > 1 or recipe.deepspeed is not None:
-        moved = exchange(arch, policy, recipe, gpus, step, out["backward"])
+        cover = out["forward"], out["recompute"] + out["backward"]
+        moved = exchange(arch, policy, recipe, gpus, step, cover, network)
         out.update(moved._asdict())
     out["launch"] = waiting
     return StepTime(
         seconds=sum(out.values()),
         tokens=recipe.batch_size * recipe.seq_len * steps * recipe.world_size,
         parts=out,
-        notes=(UNKNOWN.format(name=gpu.name),) if gpu.fp16 is None else (),
+        notes=_notes(recipe, gpus),
     )
+
+
+def _notes(recipe: Recipe, gpus: Gpus) -> tuple[str, ...]:
+    out = []
+    if gpus.gpu.fp16 is None:
+        out.append(UNKNOWN.format(name=gpus.gpu.name))
+    if find_optimizer(recipe.optimizer).package not in LIBRARIES:
+        out.append(UNMEASURED.format(name=recipe.optimizer))
+    return tuple(out)

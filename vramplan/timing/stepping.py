@@ -6,11 +6,11 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from vramplan.hardware.gpu import Gpu
-from vramplan.memory.optimizers import state_tensors
+from vramplan.memory.optimizer_states import state_tensors
 from vramplan.memory.precision import Policy
 from vramplan.memory.states import Trained, layout
 from vramplan.models.architecture import Architecture
-from vramplan.recipe.optimizers import Optimizer, find_optimizer
+from vramplan.recipe.optimizers import LIBRARIES, Optimizer, find_optimizer
 from vramplan.timing import rates as r
 from vramplan.timing.rates import Rates, rates_of
 
@@ -47,7 +47,7 @@ def step_of(arch: Architecture, policy: Policy, optimizer: str, gpu: Gpu) -> Ste
     tensors = sum(t.count for t in trained)
     adapted = tensors // ADAPTER_TENSORS if policy.rank is not None else 0
     card = sum(t.count * (_clip(t, rates) + _update(kind, t, rates)) for t in trained)
-    host = tensors * r.UPDATE_TENSOR["adafactor" if kind.factored else kind.stepping]
+    host = tensors * r.UPDATE_TENSOR[_loop(kind)]
     return Step(
         card=card,
         host=host,
@@ -59,6 +59,13 @@ def step_of(arch: Architecture, policy: Policy, optimizer: str, gpu: Gpu) -> Ste
     )
 
 
+def _loop(kind: Optimizer) -> str:
+    """How the host goes through the parameters: a key of UPDATE_TENSOR."""
+    if kind.factored or kind.package not in LIBRARIES:
+        return "python"
+    return kind.stepping
+
+
 def _clip(t: Trained, rates: Rates) -> float:
     """clip_grad_norm_: the norm reads the gradients, scaling reads and writes them."""
     return 3 * t.numel * t.itemsize / rates.several[t.itemsize]
@@ -68,10 +75,13 @@ def _update(kind: Optimizer, t: Trained, rates: Rates) -> float:
     """Weight, gradient and states are read, weight and states written."""
     if kind.factored:
         return t.numel / rates.updates["adafactor"]
-    states = sum(n for n, _ in state_tensors(kind, t))
+    if kind.on_host:
+        return kind.states * 2 * t.numel * t.itemsize / r.PAGEABLE
+    states = 0 if kind.low_rank else sum(n for n, _ in state_tensors(kind, t))
     moved = (3 * t.numel * t.itemsize + 2 * states) / rates.several[t.itemsize]
     if kind.package == "bitsandbytes":
         eight = kind.bits == 8 and not t.embedding
         name = "adamw 32" if not eight else "lion 8" if kind.states == 1 else "adamw 8"
         return max(moved, t.numel / rates.updates[name]) + rates.kernel
-    return moved * FOREACH if kind.stepping == "foreach" and kind.states else moved
+    fused = kind.stepping == "fused" or not kind.states
+    return moved if fused else moved * FOREACH

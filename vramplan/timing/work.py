@@ -1,8 +1,8 @@
-"""What a step's kernels do: counted while its description runs, on the tape that memory is read off.
+"""What a step's kernels do, counted while its description runs on the tape that memory is read off.
 
-An op's default is a pointwise kernel: it reads its inputs (backward: the incoming gradients and what
-was saved) and writes what it allocates; an op that allocates nothing is a view. Rules whose kernels
-do more say so (`Tape.works`):
+An op's default is a pointwise kernel: it reads its inputs (backward: the incoming gradients and
+what was saved) and writes what it allocates; an op that allocates nothing is a view. Rules whose
+kernels do more say so (`Tape.works`):
 
     "product"          rows, n_in, n_out, dtype, "forward" | "input" | "weight"
     "batched product"  sizes of both operands, size of the result, dtype
@@ -36,7 +36,6 @@ from vramplan.models.architecture import Architecture
 REDUCED = 0.5  # a reduction's pace, in elements that go one by one (measured: 0.4 to 0.6)
 
 
-
 class Traffic(NamedTuple):
     """Pointwise kernels that write tensors of one monomial in batch and sequence."""
 
@@ -48,6 +47,7 @@ class Traffic(NamedTuple):
 
     def plus(self, nbytes: float, elements: float, kernels: int) -> Traffic:
         return Traffic(self.nbytes + nbytes, self.elements + elements, self.kernels + kernels)
+
 
 class Kernel(NamedTuple):
     """A kernel whose time is more than its bytes: its kind and figures, as the rule said them."""
@@ -63,11 +63,11 @@ class Stretch(NamedTuple):
     name: str
     repeats: int
     traffic: dict[tuple[str, int], Traffic]
-    """By part ("forward", "recompute", "backward") and monomial of a kernel's output: bytes read
-    and written, and kernels, of all pointwise kernels."""
-    kernels: dict[tuple[str, Kernel], int]
+    """Pointwise kernels, by part ("forward", "recompute", "backward") and the monomial of what they
+    write."""
+    kernels: Counter[tuple[str, Kernel]]
     """By part: kernels of other kinds, and how many."""
-    host: dict[str, int]
+    host: Counter[str]
     """What the host's thread does: how often each of the kinds in HOST_WORK."""
 
 
@@ -85,6 +85,8 @@ HOST_WORK = (
     "gradient",  # a parameter's AccumulateGrad
     "checkpoint",  # a layer's torch.utils.checkpoint
     "layer",  # a layer's modules and the library's own Python around them
+    "forward",  # a micro-batch's forward, whatever the model
+    "backward",  # its backward
     "hook",  # a saved tensor that checkpointing's hooks take, forward or in a recomputation
 )
 
@@ -130,11 +132,12 @@ class WorkRecorder(Recorder):
 
     def _open(self, mark: Mark) -> None:
         repeats = mark.repeats
-        self.stretches.append(
-            Stretch(mark.phase, mark.name, repeats, {}, Counter(), Counter())
-        )
+        self.stretches.append(Stretch(mark.phase, mark.name, repeats, {}, Counter(), Counter()))
+        if len(self.stretches) == 1:
+            self.does("forward")
 
     def backward(self, loss: Value) -> None:
+        self.does("backward")
         self.backwards = True
         super().backward(loss)
 
@@ -159,7 +162,7 @@ class WorkRecorder(Recorder):
         if kind == "moves":
             self.move(*figures)
             return
-        self.stretches[-1].kernels[self.part, Kernel(kind, figures)] += 1  # type: ignore[index]
+        self.stretches[-1].kernels[self.part, Kernel(kind, figures)] += 1
 
     def move(self, size: Size, width: float, slow: float = 0.0, kernels: int = 1) -> None:
         """A pointwise kernel: `width` bytes an element of `size`, or slowly (a share of) each."""
@@ -169,7 +172,7 @@ class WorkRecorder(Recorder):
 
     def does(self, what: str, times: int = 1) -> None:
         """The host's thread does something."""
-        self.stretches[-1].host[what] = self.stretches[-1].host.get(what, 0) + times
+        self.stretches[-1].host[what] += times
 
     def _close(self, frame: _Frame, given: Sequence[Given], backward: bool = False) -> int:
         """Count what an op did; the number of its kernels."""
@@ -249,7 +252,7 @@ class WorkRecorder(Recorder):
         """What a kernel is told of a tensor."""
         partial = False
         if value.storage is not None:
-            n, i, j = self.sizes[value.storage.index]
+            n, _, j = self.sizes[value.storage.index]
             partial = n != value.size.numel * ITEMSIZE[value.dtype] and j >= 0
         return Given(value.size, value.dtype, partial, value.strided)
 
@@ -307,14 +310,14 @@ class WorkRecorder(Recorder):
 def _awkward(given: Sequence[Given], made: Sequence[tuple[Size, str]], backward: bool) -> int:
     """How many of an op's kernels can't run at the memory's pace.
 
-    TensorIterator vectorizes what is contiguous and of one dtype (and the cast from fp32 to bf16);
+    TensorIterator vectorizes what is contiguous and of one dtype (and casts from fp32 to 16 bits);
     all else goes element by element (aten/src/ATen/native/cuda/CUDALoops.cuh, gpu_kernel_impl).
     """
     size, dtype = made[0]
     if backward:
-        grad, *rest = given if given else [None]
-        if grad is None:
+        if not given:
             return 0
+        grad, *rest = given
         widened = ITEMSIZE[dtype] > ITEMSIZE[grad.dtype]
         spread = 8 * _rank(grad.size) < _rank(size)
         if widened or spread or grad.partial:
@@ -322,14 +325,14 @@ def _awkward(given: Sequence[Given], made: Sequence[tuple[Size, str]], backward:
         return int(any(8 * _rank(g.size) < _rank(size) for g in rest) and len(rest) > 1)
     if any(g.partial for g in given):
         return len(made)
-    mixed = any(g.dtype != dtype and (g.dtype, dtype) != ("fp32", "bf16") for g in given)
+    mixed = any(g.dtype != dtype and (g.dtype != "fp32" or dtype == "fp32") for g in given)
     spread = any(8 * _rank(g.size) < _rank(size) for g in given)
     return len(made) if mixed or spread else 0
 
 
 def _rank(size: Size) -> int:
     """For comparing sizes: any typical shape will do."""
-    return size.at(4, 1024)
+    return size.numel << (2 * size.batch + 10 * size.seq)  # batch 4, sequence 1024
 
 
 @lru_cache(maxsize=1024)

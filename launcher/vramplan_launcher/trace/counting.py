@@ -104,6 +104,7 @@ class Counter(TorchDispatchMode):
         self._answer = answer
         self.notice: dict[Any, Callable[..., None]] = {}
         engine.sole_holders()  # tried before there is a backward
+        self.device = "cpu"
         self.autocast: torch.dtype | None = None  # around int8 products: no mode can see it
         self._elsewhere: set[int] = set()
         self._outside = 0

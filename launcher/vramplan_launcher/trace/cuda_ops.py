@@ -70,8 +70,8 @@ def choose_sdpa_kernel(
     (`use_cudnn_attention`, `use_flash_attention`, `use_mem_efficient_attention`); cuDNN's for
     every 16-bit call, with a mask, grouped heads or unequal widths too: measured on an H100.
     """
-    if q.dim() != 4 or min(q.size(2), k.size(2)) == 0:
-        return "math"
+    if q.dim() != 4 or min(q.size(2), k.size(2)) == 0 or _grad_needed(mask):
+        return "math"  # T5 trains its bias: measured on an H100, in bf16 and dropout
     same_heads = q.size(1) == k.size(1) == v.size(1)
     grouped = gqa and q.size(1) % k.size(1) == 0
     rows = all(t.stride(-1) == 1 for t in (q, k, v))
@@ -81,7 +81,6 @@ def choose_sdpa_kernel(
         and all(t.size(-1) <= CUDNN_MOST and t.size(-1) % 8 == 0 for t in (q, k, v))
         and (same_heads or grouped)
         and rows
-        and not _grad_needed(mask)  # T5's bias has one, cuDNN's gives none (derivatives.yaml)
     ):
         return "cudnn"
     if (
@@ -173,7 +172,30 @@ def _rms_norm(
     if weight is not None and weight.dtype != input.dtype:
         composite = torch._C.DispatchKey.CompositeImplicitAutograd
         return aten.rms_norm.default._op_dk(composite, input, shape, weight, eps)
-    return aten._fused_rms_norm.default(input, shape, weight, eps)[0]
+    return FusedRMSNorm.apply(input, len(shape), weight)  # type: ignore[no-any-return]
+
+
+class FusedRMSNorm(torch.autograd.Function):
+    """`_fused_rms_norm` (derivatives.yaml): saves its input, its weight and fp32 deviations.
+
+    Built for a CPU it is composite, and no node of its own.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, dims: int, weight: Any) -> torch.Tensor:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        rstd = torch.empty((*x.shape[:-dims], *[1] * dims), dtype=torch.float32)
+        ctx.save_for_backward(x, weight, rstd)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        x, weight, _ = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        made = [
+            torch.empty_like(t) if w else None for t, w in ((x, wanted[0]), (weight, wanted[2]))
+        ]
+        return made[0], None, made[1]
 
 
 @contextlib.contextmanager

@@ -32,12 +32,10 @@ def called_by_engine() -> bool:
     if torch.is_grad_enabled():  # a checkpoint's recomputation
         return False
     frame = sys._getframe(1)
-    while frame.f_back is not None:
-        name = frame.f_globals.get("__name__", "")
-        if not name.startswith(WRAPPERS):
-            break
-        frame = frame.f_back
-    return frame.f_code.co_name == "_engine_run_backward"
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(WRAPPERS):
+        frame = frame.f_back  # type: ignore[assignment]
+    # A CUDA device has a thread of the engine's own, with no Python below.
+    return frame is None or frame.f_code.co_name == "_engine_run_backward"
 
 
 def holders(tensor: torch.Tensor) -> tuple[int, int]:

@@ -104,8 +104,8 @@ def cuda_backend(counter: Any) -> Iterator[None]:
         state = state or _functions.MatmulLtState()
         if threshold > 0.0:
             state.threshold = threshold
-        enabled = torch.is_autocast_enabled("cpu")
-        counter.autocast = torch.get_autocast_dtype("cpu") if enabled else None
+        enabled = torch.is_autocast_enabled(counter.device)
+        counter.autocast = torch.get_autocast_dtype(counter.device) if enabled else None
         return _functions.MatMul8bitLt.apply(rows, weight, out, bias, state)
 
     def paged(*shape: int, dtype: torch.dtype = torch.float32, device: Any = None) -> torch.Tensor:

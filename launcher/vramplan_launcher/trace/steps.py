@@ -16,6 +16,7 @@ from vramplan_launcher.trace import (
     autocast,
     build,
     cuda_ops,
+    engine,
     flash,
     naming,
     quantized,
@@ -80,14 +81,16 @@ def trace(
     keep_events: bool = False,
     watch_peak: bool = False,
     code: str | None = None,
+    device: str = "cpu",
 ) -> Trace:
     """Runs `steps` training steps of `recipe` on fake tensors and returns what was counted.
 
     `config` is a Hugging Face `config.json`; `recipe` is a `vramplan.Recipe` or a dict of its
     fields (those left out take its defaults); `layers` cuts the depth. `watch_peak` keeps the
     storages that are live at each phase's peak and end; `keep_events` keeps every allocation and
-    release in order. `code` is a local folder whose own model code is trusted and run. Sizes are
-    bytes.
+    release in order. `code` is a local folder whose own model code is trusted and run. `device`
+    "cuda" makes fake CUDA tensors, which take torch's own paths for CUDA: it needs a GPU that
+    torch can use, and no memory on it. Sizes are bytes.
     """
     if hasattr(recipe, "to_dict"):
         recipe = recipe.to_dict()
@@ -111,6 +114,7 @@ def trace(
     if chosen["lora"]:
         importlib.import_module("peft")  # modules make tensors when they are imported
     counter.replaced |= quantized.kernels(quantized.Outliers(skeleton, counter))
+    counter.device = device
     paths = cuda_semantics(counter, compute_capability)
     with paths, FakeTensorMode(allow_non_fake_inputs=True), counter, naming.quiet():
         run = Run(skeleton, chosen, counter, compute_capability)
@@ -136,8 +140,16 @@ def cuda_semantics(counter: Counter, capability: str) -> Iterator[None]:
     was = import_utils.is_fake_tensor
     import_utils.is_fake_tensor = lambda _: False
     try:
-        paths = cuda_ops.cuda_paths(capability)
-        with autocast.cuda_lists(), paths, quantized.cuda_backend(counter), flash.package():
+        with contextlib.ExitStack() as stack:
+            if counter.device == "cpu":
+                stack.enter_context(autocast.cuda_lists())
+                stack.enter_context(cuda_ops.cuda_paths(capability))
+            else:
+                stack.enter_context(torch.device(counter.device))
+                engine.sole_holders.cache_clear()
+                engine.sole_holders()  # tried on this device, before there is a backward
+            stack.enter_context(quantized.cuda_backend(counter))
+            stack.enter_context(flash.package())
             yield
     finally:
         import_utils.is_fake_tensor = was
@@ -232,7 +244,7 @@ class Run:
         from accelerate.utils import convert_outputs_to_fp32
 
         forward = self.model.forward
-        context = torch.autocast("cpu", dtype=dtype)
+        context = torch.autocast(self.counter.device, dtype=dtype)
         function = getattr(forward, "__func__", None)
         if function is not None:
             wrapped = convert_outputs_to_fp32(context(function))

@@ -129,6 +129,18 @@ HARMLESS = words("""
     hf_mlflow_log_artifacts use_comet comet_api_key comet_workspace comet_project_name use_trackio
     trackio_project_name trackio_run_name trackio_space_id use_otel_metrics otel_metrics_host
     otel_metrics_port use_ray ray_run_name ray_num_workers resources_per_worker
+    comet_experiment_config comet_experiment_key comet_mode comet_online gradio_title gradio_share
+    gradio_server_name gradio_server_port gradio_max_new_tokens gradio_temperature
+    dpo_use_weighting dpo_loss_type dpo_loss_weights dpo_label_smoothing dpo_use_liger_kernel
+    dpo_padding_free dpo_generate_during_eval dpo_norm_loss dpo_use_logits_to_keep dpo_beta
+    precompute_ref_log_probs rpo_alpha qgalore_rank qgalore_update_proj_gap qgalore_scale
+    qgalore_proj_type qgalore_proj_quant qgalore_proj_bits qgalore_proj_group_size
+    qgalore_cos_threshold qgalore_gamma_proj qgalore_queue_size dion_lr dion_momentum
+    dion_rank_fraction dion_rank_multiple_of gemma4_hybrid_attn_impl lisa_layers_attribute
+    lisa_step_interval max_packed_sequence_len flash_optimum flash_attn_rms_norm flash_attn_d512
+    sdpa_varlen s2_attention image_size image_resize_algorithm role_boundaries
+    lora_r lora_alpha lora_dropout lora_target_modules lora_target_linear
+    peft_autocast_adapter_dtype
     jagged_restart_steps jagged_restart_warmup_steps jagged_restart_anneal_steps debug
     """)
 """They cost no memory on the GPU, or nothing that an estimate counts."""

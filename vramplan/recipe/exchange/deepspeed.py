@@ -17,7 +17,7 @@ def with_deepspeed(keys: Keys, fields: dict[str, Any], folder: str) -> dict[str,
     if not given:
         return fields
     if isinstance(given, Mapping):
-        values, warnings = merged(given, fields, {})  # type: ignore[arg-type]
+        values, warnings = merged(given, fields, {})
     elif isinstance(given, str):
         values, warnings = merged(_found(given, folder, keys.name), fields, {})
     else:

@@ -24,6 +24,7 @@ class Keys:
         self.name = name
         self.warnings: list[str] = []
         self.quiet: list[str] = []
+        self.taken: set[str] = set()
 
     def warn(self, text: str) -> None:
         """Something of the file that the estimate does not honour."""
@@ -31,6 +32,7 @@ class Keys:
 
     def take(self, key: str, default: Any = None) -> Any:
         """The value as it stands; null is `default`."""
+        self.taken.add(key)
         value = self.left.pop(key, None)
         return default if value is None else value
 
@@ -113,7 +115,7 @@ class Keys:
                 if value not in _NOTHING:
                     self.quiet.append(key)
             else:
-                close = nearest(key, known)
+                close = nearest(key, sorted(known | self.taken))
                 near = f"; nearest: {close!r}" if close else ""
                 self.warn(f"unknown key {key!r}{near}")
         self.left.clear()

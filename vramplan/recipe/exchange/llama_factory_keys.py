@@ -74,5 +74,15 @@ HARMLESS = words("""
     include_effective_tokens_per_second ray_num_workers ray_init_kwargs master_addr master_port
     ray_run_name ray_storage_path resources_per_worker placement_strategy fp8_backend
     fp8_enable_fsdp_float8_all_gather enable_torch_profiler profiler_output_dir asft_alpha
-    eaft_alpha ref_model pref_beta pref_loss pref_ftx
+    eaft_alpha ref_model ref_model_adapters ref_model_quantization_bit reward_model
+    reward_model_adapters reward_model_quantization_bit reward_model_type pref_beta pref_loss
+    pref_ftx pref_bco_weight dpo_label_smoothing kto_chosen_weight kto_rejected_weight simpo_gamma
+    ld_alpha ppo_buffer_size ppo_epochs ppo_score_norm ppo_target ppo_whiten_rewards oft_rank
+    oft_block_size oft_target module_dropout profiler_wait_steps profiler_warmup_steps
+    profiler_active_steps profiler_repeat profiler_record_shapes profiler_profile_memory
+    profiler_with_stack profile_modules swanlab_lark_webhook_url swanlab_lark_secret
+    export_quantization_bit export_quantization_dataset export_quantization_nsamples
+    export_quantization_maxlen kt_non_expert_weight_path kt_expert_checkpoint_path
+    kt_use_lora_experts kt_lora_expert_num kt_lora_expert_intermediate_size hyper_parallel_args
+    hyper_parallel_cp_size
     """)

@@ -84,8 +84,11 @@ def trainer(keys: Keys, *, checkpointing: bool = False, bf16: bool = False) -> d
             f"{keys.name}: fsdp can't be estimated: FSDP is not modelled; deepspeed's stage 3 "
             "shards as much"
         )
-    half = keys.flag("fp16")
-    precision = "fp16" if half else "bf16" if keys.flag("bf16", bf16) else "no"
+    fp16 = keys.flag("fp16")
+    bf16 = keys.flag("bf16", bf16 and not fp16)
+    if fp16 and bf16:
+        raise IllegalRecipe(f"{keys.name}: fp16 and bf16 are both true: Trainer refuses")
+    precision = "fp16" if fp16 else "bf16" if bf16 else "no"
     optimizer = keys.optimizer("optim", "adamw_torch_fused")
     return {
         "mixed_precision": precision,

@@ -104,7 +104,8 @@ def _head(model: str, recipe: Recipe, what: str, notes: list[str] | None = None)
         start = f"torchrun --nproc-per-node {recipe.world_size} FILE"
     if recipe.allocator == "expandable_segments":
         start = f"PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True {start}"
-    lines = [f'"""Fine-tunes {model} with {what}.', "", f"    {start}"]
+    plain = model.replace("\\", "\\\\").replace('"', "'")  # it stands in a docstring
+    lines = [f'"""Fine-tunes {plain} with {what}.', "", f"    {start}"]
     for note in notes or ():
         lines += ["", f"Note: {note}."]
     return "\n".join([*lines, '"""'])

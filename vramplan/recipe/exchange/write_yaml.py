@@ -80,10 +80,11 @@ def _axolotl_precision(recipe: Recipe) -> dict[str, Any]:
         ("fp32", "no"): {"bf16": False, "fp16": False},
     }
     made = found.get((recipe.dtype, recipe.mixed_precision))
-    if made is None:
+    if made is None or (recipe.dtype == "fp32" and recipe.quantization == "int8"):
         raise IllegalRecipe(
             f"Axolotl has no words for dtype {recipe.dtype!r} with mixed_precision "
-            f"{recipe.mixed_precision!r}: it has bf16 with bf16, fp16 with fp16 or no, fp32 with no"
+            f"{recipe.mixed_precision!r}: it has bf16 with bf16, fp16 with fp16 or no, and fp32 "
+            "with no (but with load_in_8bit, which is then over fp16)"
         )
     return made
 

@@ -1,0 +1,169 @@
+"""`vramplan fit`: what it prints, how it ends, and what it makes of wrong input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from vramplan.cli.main import cli
+
+MODEL = "meta-llama/Llama-3.2-1B"
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(cli, ["fit", *arguments], catch_exceptions=False)
+
+
+def test_the_report() -> None:
+    result = run(MODEL, "--gpu", "rtx-4090")
+    assert result.exit_code == 0
+    text = result.output
+    assert text.startswith("Take full fine-tuning on GeForce RTX 4090.")
+    for said in (
+        "Runner-up:",
+        "The best of each method",
+        "> full fine-tuning",
+        "Less memory for more",
+        "With more",
+        "GeForce RTX 5090",
+        "2 x GeForce RTX 4090",
+        "legal recipes",
+        "Quality comes first",
+        "tokens/s",
+    ):
+        assert said in text
+    assert max(map(len, text.splitlines())) <= 80
+    assert "\x1b" not in text
+
+
+def test_json_is_the_plan() -> None:
+    result = run(MODEL, "--gpu", "24GB", "--method", "lora", "--tokens", "2M", "--json")
+    assert result.exit_code == 0
+    document = json.loads(result.output)
+    assert document["schema"] == 1
+    assert document["method"] == "lora"
+    assert document["goal"]["tokens"] == 2_000_000
+    assert document["prediction"]["fits"] is True
+    assert document["prediction"]["required"] == document["pick"]["required"]
+
+
+def test_options_are_decisions() -> None:
+    result = run(
+        *(MODEL, "--gpu", "24GB", "--method", "qlora,lora", "--effective-batch", "8"),
+        *(
+            "--seq-len",
+            "1k",
+            "--lora-rank",
+            "64",
+            "--no-gradient-checkpointing",
+            "--batch-size",
+            "2",
+        ),
+        *("--optimizer", "adamw_torch", "--price", "0.5", "--json"),
+    )
+    recipe = json.loads(result.output)["recipe"]
+    assert (recipe["batch_size"], recipe["gradient_accumulation_steps"]) == (2, 4)
+    assert (recipe["seq_len"], recipe["lora"]["rank"]) == (1024, 64)
+    assert recipe["gradient_checkpointing"] is False
+    assert recipe["optimizer"] == "adamw_torch"
+
+
+def test_no_lora_and_lora_narrow_the_methods() -> None:
+    full = json.loads(run(MODEL, "--gpu", "24GB", "--no-lora", "--json").output)
+    assert set(full["best_of_methods"]) == {"full"}
+    adapters = json.loads(run(MODEL, "--gpu", "24GB", "--lora", "--json").output)
+    assert set(adapters["best_of_methods"]) == {"lora", "int8", "qlora"}
+
+
+def test_nothing_fits_is_an_answer() -> None:
+    result = run("meta-llama/Llama-3.1-70B", "--gpu", "12GB", "--zero", "no")
+    assert result.exit_code == 1
+    text = result.output
+    assert text.startswith("Nothing fits on 12 GB card.")
+    for method in ("full fine-tuning", "LoRA", "int8 LoRA", "QLoRA"):
+        assert f"\n  {method} " in text
+    assert "The smallest card that would do: " in text
+    assert "too much" in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--price", "-1"), "price is -1.0"),
+        (("--price", "cheap"), "price is 'cheap'"),
+        (("--method", "dora"), "unknown method 'dora'"),
+        (("--tokens", "some"), "tokens is 'some'"),
+        (("--objective", "speed"), "unknown objective"),
+        (("--method", "full", "--quantization", "nf4"), "method full and quantization nf4"),
+        (("--batch-size", "3"), "batch_size 3 and effective batch 16 contradict"),
+        (("--no-lora", "--lora-rank", "8"), "--no-lora and options of LoRA contradict"),
+        (("--lora", "--method", "full"), "--lora and --method full contradict"),
+        (("--zero", "2", "--offload-param", "cpu"), "ZeRO stage 2 and offload_param cpu"),
+        (("--world-size", "2"), "world_size 2 and 24 GB card contradict"),
+        (("--optimizer", "adamv"), "unknown optimizer 'adamv'"),
+        (("--max-steps", "3"), "--max-steps means nothing without --launch"),
+        (("--cpu",), "--cpu means nothing without --launch"),
+        (("--host-memory", "64"), "host memory is '64'"),
+    ],
+)
+def test_wrong_input(arguments: tuple[str, ...], said: str) -> None:
+    result = run(MODEL, "--gpu", "24GB", *arguments)
+    assert result.exit_code == 2
+    assert said in result.output
+    assert "Traceback" not in result.output
+
+
+def test_saving(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    assert run(MODEL, "--gpu", "24GB", "--save", str(path)).exit_code == 0
+    assert json.loads(path.read_text())["recipe"]
+    again = run(MODEL, "--gpu", "24GB", "--save", str(path))
+    assert again.exit_code == 2
+    assert "exists already" in again.output
+
+
+def test_a_recipe_files_values_are_decisions(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('optimizer = "paged_adamw_32bit"\nseq_len = 512\n[lora]\nrank = 4\n')
+    document = json.loads(run(MODEL, "--gpu", "24GB", "--recipe", str(path), "--json").output)
+    assert document["recipe"]["optimizer"] == "paged_adamw_32bit"
+    assert document["recipe"]["lora"]["rank"] == 4
+    assert document["goal"]["seq_len"] == 512
+
+
+def test_which_gpu() -> None:
+    result = run(MODEL, "--gpu", "4090", "--which-gpu", "--method", "lora", "--price", "1")
+    assert result.exit_code == 0
+    assert "Take " in result.output
+    assert "GeForce RTX 4090" in result.output
+    assert max(map(len, result.output.splitlines())) <= 80
+
+
+def test_launching_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vramplan.hardware.nvml.gpus_here", lambda: ([], "No driver."))
+    result = run(MODEL, "--gpu", "24GB", "--launch")
+    assert result.exit_code == 2
+    assert "--launch needs a GPU" in result.output
+    assert "--cpu" in result.output
+
+
+def test_the_tiny_model_is_planned_for_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = {}
+
+    def start(job: object, gpus: object, here: int, reason: str, way: object) -> int:
+        started.update(job=job, way=way)
+        return 0
+
+    monkeypatch.setattr("vramplan.cli.launching.start", start)
+    result = run(MODEL, "--launch", "--cpu", "--max-steps", "2")
+    assert result.exit_code == 0
+    job, way = started["job"], started["way"]
+    assert (job.cpu, job.random_weights, job.verify) == (True, True, True)
+    assert job.training.max_steps == 2
+    assert job.recipe.lora is not None
+    assert json.loads(way.files["plan.json"])["model"]["id"] == "tiny-llama"
+    assert "runs on the processor" in result.output

@@ -1,0 +1,46 @@
+"""`vramplan max`."""
+
+from __future__ import annotations
+
+import json
+
+from click.testing import CliRunner, Result
+
+from vramplan.cli.main import cli
+
+MODEL = "meta-llama/Llama-3.2-1B"
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(cli, ["max", *arguments], catch_exceptions=False)
+
+
+def test_both_limits() -> None:
+    result = run(MODEL, "--gpu", "rtx-4090", "--lora")
+    assert result.exit_code == 0
+    assert "longest sequence" in result.output
+    assert "largest batch" in result.output
+    assert "too much" in result.output
+    assert max(map(len, result.output.splitlines())) <= 80
+
+
+def test_what_is_given_chooses_the_other() -> None:
+    def fields(*arguments: str) -> list[str]:
+        document = json.loads(run(MODEL, "--gpu", "24GB", "--lora", "--json", *arguments).output)
+        return [limit["field"] for limit in document["limits"]]
+
+    assert fields("--seq-len", "1024") == ["batch_size"]
+    assert fields("--batch-size", "2") == ["seq_len"]
+    assert fields("--seq-len", "1024", "--batch-size", "2") == ["seq_len", "batch_size"]
+
+
+def test_not_even_one() -> None:
+    result = run("meta-llama/Llama-3.1-8B", "--gpu", "24GB")
+    assert result.exit_code == 1
+    assert "even 1 is" in result.output
+
+
+def test_wrong_input() -> None:
+    result = run(MODEL, "--gpu", "nothing")
+    assert result.exit_code == 2
+    assert "unknown GPU" in result.output
