@@ -10,7 +10,9 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import accuracy_ranks
 from measured import FOLDER, Run, phases_of, recipe_of, runs
+from trace_undescribed import section as traced_alone
 
 from vramplan.memory.estimate import Estimate, estimate
 from vramplan.memory.inference import estimate_inference
@@ -134,7 +136,9 @@ def page() -> str:
         errors = [(percent(e.peak_allocated, r.peak_allocated), r.id) for r, e in pairs]
         everything += errors
         sections += [f"## {title}\n", summary(errors) + "\n", *table(pairs), ""]
-    lines += [f"**All of them.** {summary(everything)}\n", *sections]
+    ranked, errors = accuracy_ranks.sections(summary)
+    everything += errors
+    lines += [f"**All of them.** {summary(everything)}\n", *sections, *ranked]
     lines += [
         "## The smallest device\n",
         "Runs under a cap on the allocator (expandable segments), the smallest that survived plus",
@@ -143,6 +147,9 @@ def page() -> str:
         "",
         "## Against the trace\n",
         *matrix_summary(),
+        "",
+        "## Traced alone\n",
+        *traced_alone(),
         "",
         "## Inference\n",
         "`generate` on one NVIDIA H100 (transformers 5.17, expandable segments). Models were made",

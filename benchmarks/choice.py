@@ -1,10 +1,9 @@
-"""The plans that fit picks against real runs of all sensible recipes: writes docs/choice.md.
+"""The plans that fit picks against real runs of the same jobs: writes docs/choice.md.
 
     python benchmarks/choice.py [--check]
 
-tests/measured/choice.json holds the runs: median seconds of an optimizer step without a cap, and
-whether the run survived with torch's allocator capped to a card of 24 and of 48 GiB (less the CUDA
-context). Regret is what the pick costs against the cheapest run that survived. --check only prints.
+tests/measured/choice.json holds the runs; its `what` says how they were made. Regret is what the
+pick costs against the cheapest run that survived. --check prints, and writes nothing.
 """
 
 from __future__ import annotations
@@ -20,8 +19,10 @@ from typing import Any
 from vramplan import Goal, Recipe, estimate, fit
 from vramplan.hardware.catalogue import find
 from vramplan.hardware.gpu import Gpus
+from vramplan.memory.estimate import resolve
 from vramplan.planner.goal import METHOD_NAMES, method_of
 from vramplan.planner.plan import Plan
+from vramplan.timing.step import step_time
 from vramplan.units import GIB, format_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,15 +37,23 @@ class Run:
 
     model: str
     recipe: Recipe
+    """As it was capped, with autocast."""
+    timed: Recipe
+    """As it was timed."""
     seconds: float
     """Median of the steps behind the first."""
     peak_allocated: int
     survived: dict[int, bool]
-    """By cap in GiB."""
+    """By cap in GiB; a cap that was not tried is missing."""
 
     @property
     def method(self) -> str:
         return method_of(self.recipe)
+
+    @property
+    def comparable(self) -> bool:
+        """fp32 weights without autocast are another job: products in fp32."""
+        return self.timed.dtype != "fp32" or self.timed.mixed_precision != "no"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +70,8 @@ class Choice:
 
     @property
     def regret(self) -> float | None:
-        """Cost of the pick as a share of the best one's; None: not known, or it died."""
-        if self.pick is None or self.best is None or not self.pick.survived[self.cap]:
+        """Seconds of the pick over the best one's; None: not known, or it died."""
+        if self.pick is None or self.best is None or not self.pick.survived.get(self.cap):
             return None
         return self.pick.seconds / self.best.seconds
 
@@ -70,25 +79,36 @@ class Choice:
 def read() -> tuple[dict[str, Any], list[Run]]:
     """What the file says of itself, and its runs."""
     document = json.loads(RUNS.read_text(encoding="utf-8"))
-    runs = [
-        Run(
-            model=run["model"],
-            recipe=Recipe.from_dict(run["recipe"]),
-            seconds=statistics.median(run["step_seconds"][1:]),
-            peak_allocated=run["peak_allocated"],
-            survived={int(cap): ended for cap, ended in run["survived"].items()},
+    capped: dict[tuple[str, Recipe], dict[int, bool]] = {}
+    for run in document["capped"]:
+        tried = capped.setdefault((run["model"], Recipe.from_dict(run["recipe"])), {})
+        tried[run["cap_gib"]] = run["ended"]
+        if run["ended"]:  # what has room on a card has room on a larger one
+            tried.update(dict.fromkeys((cap for cap in CAPS if cap > run["cap_gib"]), True))
+    runs = []
+    for run in document["timed"]:
+        timed = Recipe.from_dict(run["recipe"])
+        recipe = replace(timed, mixed_precision="bf16")
+        runs.append(
+            Run(
+                model=run["model"],
+                recipe=recipe,
+                timed=timed,
+                seconds=statistics.median(run["step_seconds"][1:]),
+                peak_allocated=run["peak_allocated"],
+                survived=capped.get((run["model"], recipe), {}),
+            )
         )
-        for run in document["runs"]
-    ]
     return document, runs
 
 
-def card(cap: int) -> Gpus:
+def card(document: dict[str, Any], cap: int) -> Gpus:
     """The card that ran them, with less memory."""
-    return Gpus(gpu=replace(find("h200"), memory=cap * GIB, usable=cap * GIB))
+    gpu = find(document["card"])
+    return Gpus(gpu=replace(gpu, memory=cap * GIB, usable=cap * GIB))
 
 
-def choices(runs: list[Run]) -> Iterator[Choice]:
+def choices(document: dict[str, Any], runs: list[Run]) -> Iterator[Choice]:
     """Of each model, method and cap."""
     for model, method in dict.fromkeys((run.model, run.method) for run in runs):
         mine = [run for run in runs if (run.model, run.method) == (model, method)]
@@ -96,19 +116,24 @@ def choices(runs: list[Run]) -> Iterator[Choice]:
         batch = one.batch_size * one.gradient_accumulation_steps
         goal = Goal(methods=(method,), seq_len=one.seq_len, effective_batch=batch, lora=one.lora)
         for cap in CAPS:
-            plan = fit(model, card(cap), goal)
+            plan = fit(model, card(document, cap), goal)
             pick = next((run for run in mine if run.recipe == plan.recipe), None)
-            alive = [run for run in mine if run.survived[cap]]
+            alive = [run for run in mine if run.survived.get(cap) and run.comparable]
             best = min(alive, key=lambda run: run.seconds, default=None)
             yield Choice(model=model, method=method, cap=cap, plan=plan, pick=pick, best=best)
 
 
-def promised(runs: list[Run]) -> Iterator[tuple[Run, int, bool, bool]]:
-    """(run, cap, whether it was said to fit, whether it survived)."""
+def promised(document: dict[str, Any], runs: list[Run]) -> Iterator[tuple[Run, int, bool, bool]]:
+    """(run, cap, whether it was said to fit, whether it survived) of all that was tried."""
+    tried = {
+        (run["model"], Recipe.from_dict(run["recipe"]), run["cap_gib"])
+        for run in document["capped"]
+    }
     for run in runs:
-        for cap in CAPS:
-            said = estimate(run.model, run.recipe, card(cap)).fits
-            yield run, cap, bool(said), run.survived[cap]
+        for cap, survived in run.survived.items():
+            if (run.model, run.recipe, cap) in tried:
+                said = estimate(run.model, run.recipe, card(document, cap)).fits
+                yield run, cap, bool(said), survived
 
 
 def said(recipe: Recipe) -> str:
@@ -119,94 +144,105 @@ def said(recipe: Recipe) -> str:
         words.append(f"{recipe.dtype} weights")
     if recipe.optimizer != "adamw_torch_fused":
         words.append(recipe.optimizer)
-    if recipe.quantization == "nf4" and not recipe.double_quant:
-        words.append("no double quant")
     return ", ".join(words)
 
 
 def page(document: dict[str, Any], runs: list[Run]) -> str:
     """docs/choice.md."""
-    made, kept = list(choices(runs)), list(promised(runs))
-    broken = [
-        f"{r.model}, {said(r.recipe)}, {cap} GiB" for r, cap, fits, ok in kept if fits and not ok
-    ]
-    shy = [(r, cap) for r, cap, fits, ok in kept if ok and not fits]
+    made, kept = list(choices(document, runs)), list(promised(document, runs))
+    broken = [(run, cap) for run, cap, fits, ok in kept if fits and not ok]
+    claims = sum(fits for _, _, fits, _ in kept)
+    shy = [(run, cap) for run, cap, fits, ok in kept if ok and not fits]
     known = [c.regret for c in made if c.regret is not None]
     env = document["environment"]
     libraries = ", ".join(f"{k} {env[k]}" for k in ("torch", "transformers", "peft", "accelerate"))
-    wrong = [c for c in made if c.regret is None or c.regret > 1.05]
-    claims = sum(fits for _, _, fits, _ in kept)
-    verdict = f"**No plan that was said to fit ran out of memory: 0 of {claims}.**"
-    if broken:
-        verdict = f"**{len(broken)} of {claims} plans that were said to fit ran out of memory:** "
-        verdict += f"{'; '.join(broken)}."
-    late = sum(value > 1.05 for value in known)
     lines = [
         "# The plans that fit picked, run for real\n",
-        f"`benchmarks/choice.py` writes this page from {len(runs)} recipes that were run on one",
-        f"{env['device']} ({libraries}): every micro-batch, with and without checkpointing, in",
-        "bf16 and where weights are trained in fp32. Weights are random, the models whole. Each",
-        "was timed alone, without a cap: the median of three optimizer steps behind the first;",
-        "then run again in a process of its own, three steps, with torch's allocator capped to a",
-        "card of 24 GiB and of 48 GiB less the CUDA context.\n",
-        verdict,
-        f"{len(shy)} of {len(kept)} were said not to fit, and survived: the allocator's slack is",
-        "counted in full.\n",
-        "**Regret** (the pick's seconds a step over those of the quickest that survived): worst",
-        f"{max(known):.3f}, mean {statistics.mean(known):.3f}, in {len(known)} choices; above 1.05",
-        f"in {late}.\n",
-        "| model | method | card | pick | predicted | measured | best that survived | s | regret |",
-        "|---|---|---:|---|---:|---:|---|---:|---:|",
+        f"`benchmarks/choice.py` writes this page from tests/measured/choice.json: {len(runs)}",
+        f"recipes of two jobs, on one {env['device']}",
+        f"({libraries}).",
+        "Weights are random, the models whole, 8 sequences make a step. Each recipe was timed by",
+        "itself without a cap: the median of three optimizer steps behind the first. Each that",
+        "could survive was run again in a process of its own, with torch's allocator capped to a",
+        "card of 24 or 48 GiB less the CUDA context.\n",
+        f"**{len(kept)} runs under a cap. {claims} were said to fit: of these {len(broken)} ran "
+        "out of memory.**",
+        f"Of the {len(kept) - claims} that were said not to fit, {len(shy)} survived: the "
+        "allocator's slack is counted in full.",
+        "",
+        f"**Regret** (the pick's seconds over those of the quickest that survived): worst "
+        f"{max(known):.3f} in the {len(known)} choices in which it is known.\n",
+        "| model | method | card | pick | s | best that survived | s | regret |",
+        "|---|---|---:|---|---:|---|---:|---:|",
         *(row(c) for c in made),
-        "\n## Those it got wrong\n",
-        *([wrongly(c) for c in wrong] or ["None: every pick survived, within 1.05 of the best."]),
+        "\n## What is wrong with it, and what is not known\n",
+        *weaknesses(document, made, shy),
         "\n## Every run\n",
-        "| model | method | recipe | peak | s a step | predicted | 24 GiB | 48 GiB |",
-        "|---|---|---|---:|---:|---:|---|---|",
-        *(every(run) for run in runs),
-        "\nNot run: int8 LoRA (four times as slow), eager attention and AdamW's foreach variant "
-        "(never\nbetter), offloading. Paged states lay on the card: their paging was not measured.",
+        "Predicted seconds are of the recipe as it was timed.\n",
+        "| model | method | recipe | autocast | peak | s a step | predicted | 24 GiB | 48 GiB |",
+        "|---|---|---|---|---:|---:|---:|---|---|",
+        *(every(document, run) for run in runs),
         "",
     ]
     return "\n".join(lines)
+
+
+def weaknesses(
+    document: dict[str, Any], made: list[Choice], shy: list[tuple[Run, int]]
+) -> Iterator[str]:
+    """In sentences."""
+    for c in made:
+        where = f"{c.model}, {METHOD_NAMES[c.method]}, {c.cap} GiB"
+        if c.pick is None and c.plan.recipe is not None:
+            best = "" if c.best is None else f" The best that did: {said(c.best.recipe)}."
+            yield f"- {where}: the pick ({said(c.plan.recipe)}) was not run.{best}"
+        elif c.pick is not None and c.pick.survived.get(c.cap) is False:
+            yield f"- {where}: the pick ran out of memory."
+        elif c.regret is not None and c.regret > 1.05:
+            yield f"- {where}: the pick took {c.regret:.2f} times as long as the best."
+    for run, cap in shy:
+        need = estimate(run.model, run.recipe, card(document, cap)).required - cap * GIB
+        yield (
+            f"- {run.model}, {METHOD_NAMES[run.method]}, {cap} GiB: {said(run.recipe)} was said to "
+            f"lack {format_bytes(need)}, and survived."
+        )
+    yield (
+        "- All timed runs but the first of a model, method and dtype ran without autocast, by a "
+        "fault of the\n  measurement (see the file); the capped ones ran with it. That their order "
+        "is the same with autocast\n  was not measured. Times of fp32 weights without autocast are "
+        "those of another job, and left out of\n  regret."
+    )
+    yield (
+        "- QLoRA, int8 and Gemma or a mixture of experts were planned for this measurement, and "
+        "not run:\n  the time on the card was used up. Paged states lay on the card: their paging "
+        "was not measured."
+    )
 
 
 def row(c: Choice) -> str:
     best = "none" if c.best is None else said(c.best.recipe)
     quick = "" if c.best is None else f"{c.best.seconds:.3f}"
     pick = "nothing fits" if c.plan.recipe is None else said(c.plan.recipe)
-    predicted = "" if c.plan.pick is None else f"{c.plan.pick.seconds:.3f}"
-    measured = "" if c.pick is None else f"{c.pick.seconds:.3f}"
-    regret = "" if c.regret is None else f"{c.regret:.3f}"
-    cells = (c.model.split("/")[1], METHOD_NAMES[c.method], f"{c.cap} GiB", pick, predicted)
-    return f"| {' | '.join((*cells, measured, best, quick, regret))} |"
+    measured = "not run" if c.pick is None else f"{c.pick.seconds:.3f}"
+    regret = "not known" if c.regret is None else f"{c.regret:.3f}"
+    cells = (c.model.split("/")[1], METHOD_NAMES[c.method], f"{c.cap} GiB", pick, measured)
+    return f"| {' | '.join((*cells, best, quick, regret))} |"
 
 
-def wrongly(c: Choice) -> str:
-    if c.pick is None:
-        return (
-            f"- {c.model}, {METHOD_NAMES[c.method]}, {c.cap} GiB: the pick was not among the runs."
-        )
-    if not c.pick.survived[c.cap]:
-        return f"- {c.model}, {METHOD_NAMES[c.method]}, {c.cap} GiB: the pick ran out of memory."
-    assert c.best is not None
-    return (
-        f"- {c.model}, {METHOD_NAMES[c.method]}, {c.cap} GiB: {said(c.pick.recipe)} took "
-        f"{c.pick.seconds:.3f} s, {said(c.best.recipe)} only {c.best.seconds:.3f} s."
+def every(document: dict[str, Any], run: Run) -> str:
+    seconds = step_time(resolve(run.model)[1], run.timed, card(document, 80)).seconds
+    words = {True: "ended", False: "out of memory", None: "not tried"}
+    cells = (
+        run.model.split("/")[1],
+        METHOD_NAMES[run.method],
+        said(run.recipe),
+        "yes" if run.timed.mixed_precision == "bf16" else "no",
+        format_bytes(run.peak_allocated, digits=2),
+        f"{run.seconds:.3f}",
+        f"{seconds:.3f}",
+        *(words[run.survived.get(cap)] for cap in CAPS),
     )
-
-
-def every(run: Run) -> str:
-    from vramplan.memory.estimate import resolve
-    from vramplan.timing.step import step_time
-
-    seconds = step_time(resolve(run.model)[1], run.recipe, card(48)).seconds
-    marks = ["ended" if run.survived[cap] else "out of memory" for cap in CAPS]
-    return (
-        f"| {run.model.split('/')[1]} | {METHOD_NAMES[run.method]} | {said(run.recipe)} "
-        f"| {format_bytes(run.peak_allocated, digits=2)} | {run.seconds:.3f} | {seconds:.3f} "
-        f"| {marks[0]} | {marks[1]} |"
-    )
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:

@@ -44,10 +44,10 @@ def runs(name: str) -> Iterator[Run]:
     models = json.loads((FOLDER / "models.json").read_text(encoding="utf-8"))
     for entry in json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8")):
         if entry.get("ok", True):
-            yield _run(entry, models, name)
+            yield run_of(entry, models, name)
 
 
-def _run(entry: dict[str, Any], models: dict[str, Any], name: str) -> Run:
+def run_of(entry: dict[str, Any], models: dict[str, Any], name: str) -> Run:
     case = entry["case"]
     ends, peaks = _phases(entry["timeline"])
     return Run(

@@ -32,7 +32,7 @@ class Timed(NamedTuple):
     id: str
     model: str
     use: str
-    """given | held out | repeat | calibration"""
+    """given | held out | other card | repeat | calibration"""
     measured: float
     predicted: StepTime
     before: float | None
@@ -110,7 +110,7 @@ def summary(name: str, errors: Sequence[float]) -> str:
 def tables(runs: Sequence[Timed]) -> str:
     """Markdown: what is predicted of every run, and how far off that is."""
     lines = []
-    for use in ("given", "held out", "repeat", "calibration"):
+    for use in ("given", "held out", "other card", "repeat", "calibration"):
         mine = [run for run in runs if run.use == use]
         lines += ["", f"**{summary(use.capitalize(), [run.error for run in mine])}.**"]
         before = [run.error_before for run in mine if run.error_before is not None]

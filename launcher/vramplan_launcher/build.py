@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from vramplan.errors import UserError
+from vramplan.recipe.optimizers import find_optimizer
 from vramplan.recipe.recipe import Recipe
 from vramplan_launcher.job import Job
 from vramplan_launcher.trace.build import (
@@ -233,4 +234,8 @@ def recipe_arguments(recipe: Recipe, *, cpu: bool = False) -> dict[str, Any]:
     }
     if recipe.gradient_checkpointing:
         values["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    if find_optimizer(recipe.optimizer).low_rank is not None:
+        targets = recipe.optim_target_modules
+        values["optim_target_modules"] = targets if isinstance(targets, str) else list(targets)
+        values["optim_args"] = f"rank={recipe.optim_rank}"
     return values

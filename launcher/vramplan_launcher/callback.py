@@ -129,7 +129,9 @@ class MemoryCheck(TrainerCallback):
 
         card = torch.cuda.get_device_properties(self._counters.device)
         free, total = torch.cuda.mem_get_info(self._counters.device)
-        gpu = gpu_from_driver(card.name, total, compute_capability=(card.major, card.minor))
+        gpu = gpu_from_driver(
+            card.name, memory=total, usable=total, compute_capability=(card.major, card.minor)
+        )
         mine = total - free  # this process has it already: the model, the context
         reserved = torch.cuda.memory_reserved(self._counters.device)
         return Gpus(gpu=gpu, free=total - max(0, mine - reserved - _context(self._counters.device)))

@@ -102,6 +102,14 @@ EXACT: tuple[Rule, ...] = (
         "Install the toolkit of torch's CUDA version and set CUDA_HOME. Without "
         "--offload-optimizer no op is compiled.",
     ),
+    # builder.py, compute_capability_args: int() of each part of TORCH_CUDA_ARCH_LIST.
+    _rule(
+        "op_not_built",
+        r"invalid literal for int\(\) with base 10: '(?P<part>\d+[af])'",
+        "DeepSpeed could not read TORCH_CUDA_ARCH_LIST: it knows no architecture with a letter "
+        "({part})",
+        "Set TORCH_CUDA_ARCH_LIST without the letter, such as 9.0.",
+    ),
     _rule(
         "op_not_built",
         r"(?P<compiler>c\+\+|g\+\+|\S*/g\+\+\S*): (?:command )?not found"

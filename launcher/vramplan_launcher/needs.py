@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from vramplan.errors import UserError
+from vramplan.recipe.optimizers import INSTALLED_AS, find_optimizer
 from vramplan_launcher.job import Job
 from vramplan_launcher.trace.api import INSTALL, missing
 
@@ -23,6 +24,12 @@ def check_installed(job: Job) -> None:
             "attention flash_attention_2 needs the package flash-attn, which is not installed: "
             "pip install 'vramplan[flash]' --no-build-isolation, or take --attention sdpa, which "
             "needs as much memory"
+        )
+    optimizer = find_optimizer(job.recipe.optimizer)
+    if importlib.util.find_spec(optimizer.package) is None and optimizer.package in INSTALLED_AS:
+        raise UserError(
+            f"optimizer {optimizer.name!r} needs {optimizer.package}, which is not installed: "
+            f"pip install {INSTALLED_AS[optimizer.package]}"
         )
     if lacking:
         raise UserError(

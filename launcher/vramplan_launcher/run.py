@@ -165,6 +165,7 @@ def launch(
         environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     if job.recipe.deepspeed is not None:
         free_stale_locks()
+        environment |= _plain_architectures(os.environ)
     _write_command(folder, command, environment)
     began = time.time()
     watch = Watch(
@@ -198,6 +199,16 @@ def launch(
         measurement=document,
         sentence="" if failure is None else f"{failure['sentence']} {failure['advice']}".strip(),
     )
+
+
+def _plain_architectures(given: Mapping[str, str]) -> dict[str, str]:
+    """TORCH_CUDA_ARCH_LIST without the letters that DeepSpeed's builder can't read ("9.0a").
+
+    Source: DeepSpeed 0.19.8, ops/op_builder/builder.py, CUDAOpBuilder.filter_ccs.
+    """
+    listed = given.get("TORCH_CUDA_ARCH_LIST", "")
+    plain = re.sub(r"(\d)[a-z]\b", r"\1", listed)
+    return {} if plain == listed else {"TORCH_CUDA_ARCH_LIST": plain}
 
 
 def local_processes(job: Job, how: Launch) -> int:

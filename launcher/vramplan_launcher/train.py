@@ -79,7 +79,7 @@ def _run(path: Path, rank: int) -> tuple[int, dict[str, Any]]:
 
 def _blame(error: BaseException, report: dict[str, Any], session: Any) -> int:
     text = f"{type(error).__name__}: {error}"
-    where = shortage(error)
+    where = shortage(error, capped=session is not None and session.job.emulate is not None)
     report["error"] = text[:2000]
     if where is None:
         return FAILED
@@ -95,14 +95,19 @@ def _blame(error: BaseException, report: dict[str, Any], session: Any) -> int:
     return OUT_OF_MEMORY
 
 
-def shortage(error: BaseException) -> str | None:
-    """Whose memory ran out, "device" or "host"; None of any other error."""
+def shortage(error: BaseException, *, capped: bool = False) -> str | None:
+    """Whose memory ran out, "device" or "host"; None of any other error.
+
+    Under a cap on the host's memory oneDNN says of a failed allocation only that it could not
+    create a primitive.
+    """
     import torch
 
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError) or any(sign in text for sign in _DEVICE):
         return "device"
-    if isinstance(error, MemoryError) or any(sign in text for sign in _HOST):
+    signs = (*_HOST, "could not create a primitive") if capped else _HOST
+    if isinstance(error, MemoryError) or any(sign in text for sign in signs):
         return "host"
     return None
 

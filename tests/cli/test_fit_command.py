@@ -151,13 +151,17 @@ def test_launching_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "--cpu" in result.output
 
 
-def test_the_tiny_model_is_planned_for_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tiny_model_is_planned_for_the_processor(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     started = {}
 
     def start(job: object, gpus: object, here: int, reason: str, way: object) -> int:
         started.update(job=job, way=way)
+        way.output.mkdir(parents=True)  # type: ignore[attr-defined]
         return 0
 
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("vramplan.cli.launching.start", start)
     result = run(MODEL, "--launch", "--cpu", "--max-steps", "2")
     assert result.exit_code == 0
@@ -165,5 +169,8 @@ def test_the_tiny_model_is_planned_for_the_processor(monkeypatch: pytest.MonkeyP
     assert (job.cpu, job.random_weights, job.verify) == (True, True, True)
     assert job.training.max_steps == 2
     assert job.recipe.lora is not None
-    assert json.loads(way.files["plan.json"])["model"]["id"] == "tiny-llama"
+    assert way.output.parent.name == "runs"
+    assert json.loads((way.output / "plan.json").read_text())["model"]["id"] == "tiny-llama"
+    run(MODEL, "--launch", "--cpu")
+    assert started["way"].output == way.output.with_name(f"{way.output.name}-2")
     assert "runs on the processor" in result.output

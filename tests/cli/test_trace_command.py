@@ -53,15 +53,16 @@ def test_without_torch_it_says_what_to_install(
     assert "Traceback" not in said.err
 
 
-def test_flash_attention_has_its_own_line(
+def test_flash_attention_is_traced_without_its_package(
     model: str, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = importlib.util.find_spec("json")
+    found = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "flash_attn" else found
+        importlib.util, "find_spec", lambda name: None if name == "flash_attn" else found(name)
     )
-    assert main(["trace", model, "--attention", "flash_attention_2"]) == 2
-    assert "vramplan[flash]" in capsys.readouterr().err
+    words = ["trace", model, "--batch-size", "1", "--seq-len", "64"]
+    assert main([*words, "--attention", "flash_attention_2", "--compare"]) == 0
+    assert "They don't part" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -100,9 +100,19 @@ def test_a_missing_file_is_no_dataset(tmp_path: Path) -> None:
         load(tmp_path / "train.txt", tmp_path)
 
 
-def test_a_folder_that_is_no_saved_dataset(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not written by Dataset.save_to_disk"):
-        load(tmp_path, tmp_path)
+def test_a_folder_of_files(tmp_path: Path) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    with pytest.raises(UserError, match="dataset .*rows.*"):
+        load(folder, tmp_path)
+    (folder / "train.jsonl").write_text('{"text": "a"}\n')
+    (folder / "test.jsonl").write_text('{"text": "b"}\n')
+    made = load(folder, tmp_path, eval_split="test")
+    assert made.train[0]["input_ids"].tolist() == [2, 1]
+    assert made.evaluation[0]["input_ids"].tolist() == [3, 1]
+    with pytest.raises(UserError, match="Unknown split .tst.*'train', 'test'"):
+        load(folder, tmp_path, split="tst")
+    assert {entry.name for entry in folder.iterdir()} == {"train.jsonl", "test.jsonl"}
 
 
 def test_an_unknown_split_of_a_folder(tmp_path: Path) -> None:
@@ -149,6 +159,15 @@ def test_too_little_for_one_step(tmp_path: Path) -> None:
         load(tmp_path / "one.jsonl", tmp_path, eval_split=0.5)
     with pytest.raises(UserError, match="no evaluation file 'validation'"):
         load(path, tmp_path, eval_split="validation")
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+    path, taken = tmp_path / "a.jsonl", tmp_path / "taken"
+    path.write_text('{"text": "a"}\n')
+    taken.write_text("a file where a folder is wanted")
+    with pytest.raises(UserError, match="Not a directory|File exists") as caught:
+        load(path, tmp_path, cache=taken)
+    assert str(taken) in str(caught.value)
 
 
 def test_a_tokenizer_without_eos_is_told_of(tmp_path: Path) -> None:

@@ -39,6 +39,12 @@ SAID = {
         "to compile CUDA op(s)",
         "DeepSpeed could not compile an op: there is no CUDA toolkit (nvcc)",
     ),
+    # deepspeed/ops/op_builder/builder.py, compute_capability_args
+    "architecture": (
+        "ValueError: invalid literal for int() with base 10: '0a'",
+        "DeepSpeed could not read TORCH_CUDA_ARCH_LIST: it knows no architecture with a letter "
+        "(0a)",
+    ),
     # c10/cuda/CUDAFunctions.cpp, device_count_impl
     "driver_too_old": (
         "RuntimeError: The NVIDIA driver on your system is too old (found version 11040). Please "

@@ -55,10 +55,11 @@ RECIPE = {"batch_size": 2, "seq_len": 64}
     [
         (LLAMA, {}),
         (LLAMA, {"lora": {"rank": 4}, "gradient_checkpointing": True}),
+        (LLAMA, {"optimizer": "adamw_torch"}),
         (T5, {}),
         (LLAVA, {"gradient_checkpointing": True}),
     ],
-    ids=["llama", "llama, adapted", "encoder-decoder", "vision-language"],
+    ids=["llama", "llama, adapted", "llama, foreach", "encoder-decoder", "vision-language"],
 )
 def test_scaled_is_traced(config: dict[str, Any], recipe: dict[str, Any]) -> None:
     deep = run_deep(config, {**RECIPE, **recipe})

@@ -12,7 +12,7 @@ from vramplan import LoRA, Recipe, estimate
 from vramplan.errors import IllegalRecipe
 from vramplan.memory import optimizer_steps, record
 from vramplan.memory.optimizer_states import optimizer_tables, state_tensors
-from vramplan.memory.optimizer_steps import LowRank, gesvdj_workspace, in_order, most
+from vramplan.memory.optimizer_steps import LowRank, counted, gesvdj_workspace, in_order
 from vramplan.memory.optimizers import projections, stepping
 from vramplan.memory.precision import Policy, Projection
 from vramplan.memory.program import Program, reduce_recording
@@ -177,10 +177,10 @@ def test_a_compiled_step_of_torchao() -> None:
     t = weight(64, 128)
     moments = 2 * 8192 * 4 + 2 * 512  # 32 scales, in a block of 512 bytes
     step = optimizer_steps.adamw_torch_8bit
-    assert most(step, [(t, None)], ALLOCATOR) == moments
+    assert counted(step, [(t, None)], ALLOCATOR).peak == moments
     step = optimizer_steps.adamw_torch_4bit
-    assert most(step, [(t, None)], ALLOCATOR) == moments + 2 * 8192 * 8
-    assert most(step, [(weight(4095), None)], ALLOCATOR) == 0
+    assert counted(step, [(t, None)], ALLOCATOR).peak == moments + 2 * 8192 * 8
+    assert counted(step, [(weight(4095), None)], ALLOCATOR).peak == 0
 
 
 def test_a_step_of_galore_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,16 +196,16 @@ def test_a_step_of_galore_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     making = product + max(1024, 128 * 128 * 4)
     making = max(making, product + 128 * 256 * 2)
     peak = 2 * full + decomposed + making
-    assert most(optimizer_steps.galore_adamw, order, ALLOCATOR) == peak
+    assert counted(optimizer_steps.galore_adamw, order, ALLOCATOR).peak == peak
     # Alone: the projected gradient, denom and norm_grad; then two of the full size.
     alone = max(decomposed + making, 3 * small + 2 * 512 * 256 * 2)
-    assert most(optimizer_steps.galore_adamw, [(t, low)], ALLOCATOR) == alone
+    assert counted(optimizer_steps.galore_adamw, [(t, low)], ALLOCATOR).peak == alone
 
 
 def test_lomo_lets_the_gradient_go_between_its_copies() -> None:
     t = weight(64, 128)  # 16 KiB in bf16: a copy in fp32, the gradient goes, another copy
-    assert most(optimizer_steps.lomo, [(t, None)], ALLOCATOR) == 2 * 8192 * 4 - 8192 * 2
-    assert most(optimizer_steps.lomo, [(weight(64, 128, itemsize=4), None)], ALLOCATOR) == 0
+    assert counted(optimizer_steps.lomo, [(t, None)], ALLOCATOR).peak == 2 * 8192 * 4 - 8192 * 2
+    assert counted(optimizer_steps.lomo, [(weight(64, 128, itemsize=4), None)], ALLOCATOR).peak == 0
 
 
 def test_layers_stand_twice() -> None:
@@ -238,7 +238,7 @@ def test_backward_leaves_no_gradients(name: str) -> None:
 def test_lomo_holds_no_gradients_between_micro_batches() -> None:
     e = estimate(MODEL, Recipe(optimizer="lomo", gradient_accumulation_steps=4))
     assert e.timeline.held_gradients == 0
-    assert e.parts.first is None
+    assert not e.policy.accumulating
 
 
 # Layers alike and in patterns, norms before and after, tied and not, experts.

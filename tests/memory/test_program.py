@@ -14,6 +14,7 @@ from vramplan.memory import record
 from vramplan.memory.precision import Policy
 from vramplan.memory.program import Program, compile_step, reduce_recording
 from vramplan.memory.record import Mark, Recording, record_step
+from vramplan.memory.states import layout
 from vramplan.models import catalogue
 from vramplan.models.architecture import Architecture
 from vramplan.models.hf_config import READERS, architecture
@@ -106,6 +107,22 @@ def test_repeats_equal_running_every_layer(
     whole = reduce_recording(record_step(arch, chosen))
     for batch, seq in SHAPES:
         assert extremes(short, batch, seq) == extremes(whole, batch, seq), (batch, seq)
+
+
+@pytest.mark.parametrize("policy", [n for n, p in POLICIES.items() if not p.accumulating])
+@pytest.mark.parametrize("model", MODELS)
+def test_the_first_micro_batch_needs_no_more_than_the_last(model: str, policy: str) -> None:
+    """So the last alone is told: gradients of others are there besides, and new ones are added."""
+    arch, first = MODELS[model], POLICIES[policy]
+    gradients = layout(arch, first, "expandable_segments").gradients
+    alone = compile_step(arch, first)
+    later = compile_step(arch, replace(first, accumulating=True))
+    for shape in SHAPES:
+        _, forward, end, backward = extremes(alone, *shape)
+        _, later_forward, later_end, later_backward = extremes(later, *shape)
+        assert forward <= gradients + later_forward
+        assert backward <= gradients + later_backward
+        assert end == gradients + later_end
 
 
 def test_a_program_by_hand() -> None:

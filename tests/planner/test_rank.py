@@ -71,6 +71,13 @@ def test_host_memory_comes_after_all_methods_that_stay() -> None:
     assert picked([], COST) is None
 
 
+def test_within_a_method_too_what_stays_comes_first() -> None:
+    stays, away = plan(10.0, 500), offloaded(plan(9.0, 400, host=50))
+    assert best_of([stays, away], COST) is stays
+    assert front([stays, away], COST) == [away, stays]  # neither beats the other
+    assert best_of([away], COST) is away
+
+
 def test_what_does_not_fit_is_not_ranked() -> None:
     large = plan(1.0, 20_000, verdict=TOO_LARGE)
     assert ranked([large], COST) == []

@@ -25,6 +25,12 @@ def test_always_said() -> None:
     assert CHECKED_WITH in text
 
 
+def test_when_gradients_are_freed() -> None:
+    assert "freed after each step." in said()
+    assert "freed within backward" in said(Recipe(optimizer="lomo"))
+    assert "projections are renewed" in said(Recipe(optimizer="galore_adamw"))
+
+
 def test_the_allocator() -> None:
     assert "expandable_segments:True is set" in said()
     assert "torch's default allocator, which fragments" in said(Recipe(allocator="default"))

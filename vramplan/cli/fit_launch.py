@@ -27,6 +27,7 @@ LAUNCH_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--random-weights", is_flag=True, help="Of --launch: there is no checkpoint."),
 )
 _OPTIONS = ("cpu", "data", "max_steps", "output", "emulate_gpu", "fallback", "random_weights")
+PLAN = "plan.json"
 TINY = Path(__file__).parents[1] / "planner" / "tiny"
 """A Llama of half a million parameters."""
 TINY_CARD = "24GB"
@@ -67,15 +68,16 @@ def tiny_plan(goal: Goal) -> Plan:
     from vramplan.planner.plan import fit
 
     methods = tuple(m for m in goal.methods or ("lora",) if m in ("full", "lora")) or ("lora",)
-    small = replace(goal, methods=methods, seq_len=TINY_TOKENS, effective_batch=4, pins={})
+    # Without DeepSpeed: its kernels for the processor take minutes to build.
+    small = replace(
+        goal, methods=methods, seq_len=TINY_TOKENS, effective_batch=4, pins={"zero": None}
+    )
     plan = fit(str(TINY), TINY_CARD, small)
     return replace(plan, id="tiny-llama")
 
 
 def launched(plan: Plan, model: str, card: str | None, options: dict[str, Any]) -> int:
     """Runs the pick in a new folder, with the plan beside it. Returns the exit code."""
-    import json
-
     from vramplan.cli.launch_options import DATA, HOW, MACHINES, TRAINING, names_of, way_of
     from vramplan.cli.launching import cards_for, start
 
@@ -88,13 +90,31 @@ def launched(plan: Plan, model: str, card: str | None, options: dict[str, Any]) 
         given.pop(name)
     way = replace(
         way_of(given, as_json=False),
+        output=_free(options["output"], job, plan.id),
         fallbacks=tuple(candidate.recipe for candidate in plan.fallbacks),
-        files={"plan.json": json.dumps(plan.to_dict(), indent=2) + "\n"},
     )
+    assert way.output is not None
     gpus, here, reason = cards_for(job.gpu, cpu=job.cpu)
     if plan.gpus.indices:  # of this machine: what was planned for, free memory and all
         gpus = plan.gpus
-    return start(job, gpus, here, reason, way)
+    try:
+        return start(job, gpus, here, reason, way)
+    finally:  # the folder is made when the run is started, and kept however it ends
+        if way.output.is_dir() and not (way.output / PLAN).exists():
+            plan.save(way.output / PLAN)
+
+
+def _free(output: str | None, job: Job, model: str) -> Path:
+    """The folder that was named, or the next free one under `runs/`."""
+    from vramplan_launcher.run import folder_name
+
+    from vramplan.cli.launching import RUNS
+
+    if output is not None:
+        return Path(output)
+    wanted = RUNS / folder_name(job, model)
+    names = (wanted.with_name(f"{wanted.name}-{number}") for number in range(2, 10_000))
+    return next(path for path in (wanted, *names) if not path.exists())
 
 
 def _job(plan: Plan, model: str, card: str | None, given: dict[str, Any], *, random: bool) -> Job:

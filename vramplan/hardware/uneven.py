@@ -10,7 +10,7 @@ from vramplan.hardware.gpu import Gpus
 
 
 def parse_cards(text: str) -> Gpus:
-    """The cards that `text` names: as parse_gpu, or several with commas ("4xA100-80GB,4xA100-40GB").
+    """The cards that `text` names, as parse_gpu; or several, such as "4xA100-80GB,4xA100-40GB".
 
     Of several: the one with least memory, counted as often as there are cards. Raises UnknownName.
     """

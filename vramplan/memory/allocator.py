@@ -33,6 +33,8 @@ SIDE_STREAM = 72 * MIB
 """What a stream of DeepSpeed's own to reduce on adds: 828 MiB in 77 runs with a pretended group,
 894 with int8, where 5 of stage 0 and one of stage 3 without overlap_comm had 758. NVIDIA H100."""
 NCCL_DDP = 852 * MIB
+NCCL_ALONE = (954 * MIB, 884 * MIB, 884 * MIB, 494 * MIB)
+"""The same of DeepSpeed's engine on one GPU: its communicators are made, if of one rank; 7 runs."""
 NCCL_ENGINE = (1338 * MIB, 1268 * MIB, 1268 * MIB, 980 * MIB)
 """NCCL's own memory, by who uses it; DeepSpeed's by stage. NVML's figure of runs on two NVIDIA H100
 through NVLink (NCCL 2.28.9, 24 channels, no NVLS), less that of the same run with a pretended
@@ -87,10 +89,7 @@ def context(quantization: str | None, reduces: bool = False) -> int:
 
 
 def nccl(ranks: int, stage: int | None) -> int:
-    """Bytes of NCCL's communicators on a rank; `stage`: ZeRO's, None for DDP.
-
-    One rank has nobody to talk to: not measured, and taken for nothing.
-    """
-    if ranks == 1:
-        return 0
-    return NCCL_DDP if stage is None else NCCL_ENGINE[stage]
+    """Bytes of NCCL's communicators on a rank; `stage`: ZeRO's, None for DDP, or for one GPU."""
+    if stage is None:
+        return NCCL_DDP if ranks > 1 else 0
+    return (NCCL_ENGINE if ranks > 1 else NCCL_ALONE)[stage]

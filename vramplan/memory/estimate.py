@@ -13,7 +13,7 @@ from vramplan.hardware.uneven import parse_cards
 from vramplan.memory import allocator
 from vramplan.memory.facts import facts
 from vramplan.memory.legality import check_model
-from vramplan.memory.needs import Needs
+from vramplan.memory.needs import Needs, document
 from vramplan.memory.precision import Policy, policy_of
 from vramplan.memory.timeline import Parts, Timeline, parts, run_timeline
 from vramplan.models.architecture import Architecture
@@ -92,7 +92,9 @@ class Estimate(Needs):
     def overhead(self) -> dict[str, int]:
         """What the device holds beyond `peak_allocated`."""
         zero = self.recipe.deepspeed
-        reduces = zero is not None and (zero.stage in (1, 2) or (zero.stage == 3 and zero.overlap_comm))
+        reduces = zero is not None and (
+            zero.stage in (1, 2) or (zero.stage == 3 and zero.overlap_comm)
+        )
         return {
             "context": allocator.context(self.recipe.quantization, reduces),
             "nccl": allocator.nccl(self.recipe.world_size, None if zero is None else zero.stage),
@@ -118,31 +120,10 @@ class Estimate(Needs):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as `vramplan estimate --json` prints it."""
-        document = {
-            "schema": 1,
-            "model": {
-                "id": self.id,
-                "parameters": self.parameters,
-                "trainable_parameters": self.trainable_parameters,
-            },
-            "recipe": self.recipe.to_dict(),
-            "peak_allocated": self.peak_allocated,
-            "peak_phase": self.peak_phase,
-            "phases": {
-                name: {"end": phase.end, "peak": phase.peak}
-                for name, phase in self.timeline.phases().items()
-            },
-            "breakdown": self.breakdown,
-            "overhead": self.overhead,
-            "required": self.required,
-            "managed": self.managed,
-            "gpu": None if self.gpu is None else self.gpu.to_dict(),
-            "fits": self.fits,
-            "warnings": list(self.warnings),
-        }
+        plain = document(self)
         if self.host is not None:
-            document["host"] = self.host._asdict()
-        return document
+            plain["host"] = self.host._asdict()
+        return plain
 
 
 def estimate(

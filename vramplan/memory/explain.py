@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from vramplan.memory import allocator
@@ -81,19 +81,12 @@ def explain(estimate: Estimate) -> Explanation:
 
 def _at_peak(e: Estimate) -> tuple[str, list[Term]]:
     """Where in forward or backward the peak is, and what lives there."""
-    recipe, run, phase = e.recipe, e.parts, e.peak_phase
-    batch, seq = recipe.batch_size, recipe.seq_len
-    policy, held = e.policy, e.timeline.held_gradients
-    program, points = run.program, list(e.timeline.points)
-    peak = e.timeline.resident + held + _highest(points, phase)[1].peak
-    if peak != e.peak_allocated:  # the first micro-batch, which finds no gradients
-        assert run.first is not None
-        program, points, held = run.first, run.first.walk(batch, seq), 0
-        policy = replace(policy, accumulating=False)
-    index, point = _highest(points, phase)
+    batch, seq = e.recipe.batch_size, e.recipe.seq_len
+    index, point = _highest(list(e.timeline.points), e.peak_phase)
+    held = e.timeline.held_gradients
     terms = list(gradients(e, "earlier micro-batches")) if held else []
-    labelled = labelled_step(e.architecture, policy)
-    terms += live_terms(labelled, program, index, point, e.architecture.layers, batch, seq)
+    labelled, layers = labelled_step(e.architecture, e.policy), e.architecture.layers
+    terms += live_terms(labelled, e.parts.program, index, point, layers, batch, seq)
     return point.section.name, terms
 
 
@@ -109,6 +102,11 @@ def _overhead(e: Estimate) -> Iterator[Term]:
             "CUDA context, kernels and libraries",
             "measured",
             "NVML's figure less what torch had reserved, a training process",
+        ),
+        "nccl": (
+            "NCCL's communicators",
+            "measured",
+            "NVML's figure of two ranks on NVIDIA H100, less that of a pretended group's",
         ),
         "allocator_slack": (
             "what the allocator needs beyond the peak",

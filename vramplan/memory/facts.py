@@ -28,6 +28,8 @@ def facts(arch: Architecture, recipe: Recipe, policy: Policy) -> Iterator[str]:
         yield from _int8_facts(arch, recipe)
     if recipe.lora is not None:
         yield from _adapter_facts(tensors, recipe, policy)
+    if policy.copies_outputs:
+        yield from _ddp_facts(arch, recipe)
 
 
 def _attention_facts(arch: Architecture, recipe: Recipe, policy: Policy) -> Iterator[str]:
@@ -96,4 +98,14 @@ def _adapter_facts(tensors: tuple[Tensor, ...], recipe: Recipe, policy: Policy) 
     yield (
         f"adapted experts are folded into a full copy of a layer's experts ({format_bytes(layer)}) "
         f"in each forward{kept}; adapting attention alone, or checkpointing, avoids it"
+    )
+
+
+def _ddp_facts(arch: Architecture, recipe: Recipe) -> Iterator[str]:
+    width = 4 if recipe.mixed_precision != "no" or recipe.dtype == "fp32" else 2
+    copy = recipe.batch_size * recipe.seq_len * arch.vocab_size * width
+    yield (
+        "Trainer lets DDP look for unused parameters, and DDP then clones the logits in each "
+        f"forward: {format_bytes(copy)}; TrainingArguments(ddp_find_unused_parameters=False) "
+        "avoids it"
     )

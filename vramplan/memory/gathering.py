@@ -123,49 +123,72 @@ def _uses(weights: Sequence[Weight], layers: int, policy: Policy) -> Iterator[Us
             inner[w.layer].append(i)
     if not any(w.role == "head" for w in weights):  # tied
         heads += [i for i in before if weights[i].role == "embedding"][:1]
-    yield from _used(before, ("forward", "inputs"))
+    yield from _used(weights, before, ("forward", "inputs"))
     for layer, mine in enumerate(inner):
         yield from (Use("fetch", None, ("forward", layer)) for _ in range(CONTAINERS))
-        yield from _used(mine, ("forward", layer))
+        yield from _used(weights, mine, ("forward", layer))
     yield Use("fetch", None, ("forward", "head"))
-    yield from _used(heads, ("forward", "head"))
-    yield from _used(reversed(heads), ("backward", "head"))
+    yield from _used(weights, heads, ("forward", "head"))
+    yield from _used_back(heads, ("backward", "head"))
     for layer in reversed(range(layers)):
         place = ("backward", layer)
         if policy.checkpointing:
             yield from _run_again(weights, inner[layer], place)
         elif layer == 0 and not policy.trains_base:  # frozen, of an input without a gradient
             asked = [i for i in inner[0] if not weights[i].outer]
-            yield from _used(reversed(asked), place)
+            yield from _used_back(asked, place)
         else:
-            yield from _used(reversed(inner[layer]), place)
+            yield from _used_back(inner[layer], place)
     if policy.trains_base or policy.checkpointing:  # peft: enable_input_require_grads
-        yield from _used(reversed(before), ("backward", "inputs"))
+        yield from _used_back(before, ("backward", "inputs"))
 
 
-def _used(indices: Sequence[int] | Iterator[int], place: Place) -> Iterator[Use]:
-    for i in indices:
+def _used(weights: Sequence[Weight], indices: Sequence[int], place: Place) -> Iterator[Use]:
+    """Forward: each is fetched, used and let go. peft's layer reads its lora_A's dtype first, which
+    makes that a parameter of its own (ZeROOrderedDict); its dropout has none."""
+    for position, i in enumerate(indices):
+        behind = indices[position + 1] if position + 1 < len(indices) else None
+        if weights[i].role != "adapter" and behind is not None:
+            if weights[behind].role == "adapter":
+                yield Use("fetch", behind, place)
+        elif weights[i].role == "adapter" and weights[indices[position - 1]].role != "adapter":
+            yield Use("fetch", None, place)
+        yield Use("fetch", i, place)
+        yield Use("release", i, place)
+
+
+def _used_back(indices: Sequence[int], place: Place) -> Iterator[Use]:
+    for i in reversed(indices):
         yield Use("fetch", i, place)
         yield Use("release", i, place)
 
 
 def _run_again(weights: Sequence[Weight], mine: list[int], place: Place) -> Iterator[Use]:
-    """A checkpointed layer's backward: it is run again when its last linear unpacks what it saved.
+    """A checkpointed layer's backward: it is run again when its last module unpacks what it saved.
 
-    Frozen weights that were fetched for that belong to the linear that asked, and go with it.
+    Frozen weights that were fetched for that belong to the module that asked, and go with it.
     """
-    last = max((i for i in mine if weights[i].role != "adapter"), default=None)
-    if last is None:
+    if not mine:
         return
+    last = mine[-1]
     yield Use("enter", last, place)
     yield from (Use("fetch", None, place) for _ in range(CONTAINERS))
-    yield from _used(mine, place)
+    yield from _used(weights, mine, place)
     for i in reversed(mine):
         if i != last:
             yield Use("fetch", i, place)
         yield Use("release" if i != last else "leave", i, place)
         if i == last:
             yield from (Use("drop", k, place) for k in mine if not weights[k].trains)
+
+
+class _Batch:
+    """Weights that were gathered at once, by one collective a dtype."""
+
+    __slots__ = ("nbytes", "unpacked", "waiting")
+
+    def __init__(self, waiting: set[int], nbytes: int) -> None:
+        self.waiting, self.nbytes, self.unpacked = waiting, nbytes, False
 
 
 class _Coordinator:
@@ -198,7 +221,8 @@ class _Coordinator:
         self.in_forward = True
         self.saved: dict[int, bool] = {}  # gathered in forward: whether since let go
         self.in_graph: set[int] = set()
-        self.numel = self.live = self.step = 0
+        self.batches: dict[int, _Batch] = {}
+        self.numel = self.live = self.step = self.most = 0
 
     def saves(self, weights: Sequence[Weight], linears: bool, checkpointing: bool) -> None:
         """Whose storage, as gathered in forward, autograd holds: to a node's end, or to the
@@ -227,7 +251,8 @@ class _Coordinator:
                     self.entered.discard(use.weight)
                 self._release(use.weight, use.kind == "drop")
             ends[use.place] = self.live
-            peaks[use.place] = max(peaks.get(use.place, 0), self.live)
+            peaks[use.place] = max(peaks.get(use.place, 0), self.live, self.most)
+            self.most = 0
         return peaks, ends
 
     def _gather(self, i: int) -> None:
@@ -241,21 +266,41 @@ class _Coordinator:
         if weight is not None:
             if weight not in self.whole:
                 self._gather(weight)
+            self._unpack(weight)
             if self.looked_at.get(weight, -1) < self.step:
                 i, step = self.queue.popleft()
                 self.looked_at[i] = step
         room, ahead = min(self.max_live - self.numel, self.bucket), 0
+        together = []
         while self.queue and ahead < room:
             i, step = self.queue.popleft()
             self.looked_at[i] = max(self.looked_at.get(i, -1), step)
             if i not in self.whole:
                 self._gather(i)
                 ahead += self.numels[i]
+                together.append(i)
+        if len(together) > 1:
+            batch = _Batch(set(together), sum(self.sizes[i] for i in together))
+            self.batches.update(dict.fromkeys(together, batch))
         self.step += 1
 
-    def _release(self, i: int, anyway: bool) -> None:
-        if i in self.always or i not in self.whole or i in self.entered:
+    def _unpack(self, weight: int) -> None:
+        """What was gathered at once is copied out of its flat tensor for the first of its weights,
+        and the tensor lives until the last of them is asked for (AllGatherCoalescedHandle)."""
+        batch = self.batches.pop(weight, None)
+        if batch is None:
             return
+        if not batch.unpacked:
+            batch.unpacked = True
+            self.live += batch.nbytes
+            self.most = max(self.most, self.live)
+        batch.waiting.discard(weight)
+        if not batch.waiting:
+            self.live -= batch.nbytes
+
+    def _release(self, i: int, anyway: bool) -> None:
+        if i in self.always or i not in self.whole or i in self.entered or i in self.batches:
+            return  # the last: still on its way
         if not anyway and (self.looked_at.get(i, -1) > self.step or self._is_near(i)):
             return
         self.whole.discard(i)

@@ -56,10 +56,10 @@ def host_of(
         if locked and accumulation > 1 and zero.stage == 2:  # async_accumulate_grad_in_cpu_via_gpu
             locked += owned
         return Host(*_pinned(zero, [(n, False) for n in locked], 0, loose), 0, loading)
-    locked, loose, files, buffers = _stage_3(zero, weights, ranks, width)
+    wanted, loose, files, buffers = _stage_3(zero, weights, ranks, width)
     quantized = any(w.role == PACKED for w in weights)
     loading = 0 if quantized else sum(w.nbytes for w in weights if _is_loaded(w))
-    return Host(*_pinned(zero, locked, buffers, loose), files, loading)
+    return Host(*_pinned(zero, wanted, buffers, loose), files, loading)
 
 
 def _is_loaded(w: Weight) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vramplan.hardware.gpu import Gpus
@@ -38,3 +38,29 @@ class Needs:
     def fits(self) -> bool | None:
         """Whether `required` is available; None where no GPU was given."""
         return None if self.available is None else self.required <= self.available
+
+
+def document(e: Any) -> dict[str, Any]:
+    """What estimates and traces of a training run have in common, as plain data for JSON."""
+    return {
+        "schema": 1,
+        "model": {
+            "id": e.id,
+            "parameters": e.parameters,
+            "trainable_parameters": e.trainable_parameters,
+        },
+        "recipe": e.recipe.to_dict(),
+        "peak_allocated": e.peak_allocated,
+        "peak_phase": e.peak_phase,
+        "phases": {
+            name: {"end": phase.end, "peak": phase.peak}
+            for name, phase in e.timeline.phases().items()
+        },
+        "breakdown": dict(e.breakdown),
+        "overhead": e.overhead,
+        "required": e.required,
+        "managed": e.managed,
+        "gpu": None if e.gpu is None else e.gpu.to_dict(),
+        "fits": e.fits,
+        "warnings": list(e.warnings),
+    }

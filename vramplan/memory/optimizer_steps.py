@@ -77,23 +77,24 @@ Step = Callable[[Frame, Trained, "LowRank | None"], None]
 
 
 class Counted:
-    """A frame that counts: live bytes beyond those at the step's start, and the most."""
+    """A frame that counts: live bytes beyond those at the step's start, the most, and the largest
+    single tensor."""
 
     def __init__(self, allocator: str) -> None:
         self.allocator = allocator
-        self.live = self.peak = 0
+        self.live = self.peak = self.largest = 0
         self.bound: dict[str, int] = {}
 
     def let(self, **tensors: int) -> None:
         sizes = {name: rounded(nbytes, self.allocator) for name, nbytes in tensors.items()}
-        self._rise(sum(sizes.values()))
+        self._rise(*sizes.values())
         self.drop(*sizes)
         self.bound.update(sizes)
 
     def beside(self, *tensors: int) -> None:
-        nbytes = sum(rounded(one, self.allocator) for one in tensors)
-        self._rise(nbytes)
-        self.live -= nbytes
+        sizes = [rounded(nbytes, self.allocator) for nbytes in tensors]
+        self._rise(*sizes)
+        self.live -= sum(sizes)
 
     def drop(self, *names: str) -> None:
         for name in names:
@@ -105,17 +106,18 @@ class Counted:
     def hold(self, nbytes: int) -> None:
         self._rise(rounded(nbytes, self.allocator))
 
-    def _rise(self, nbytes: int) -> None:
-        self.live += nbytes
+    def _rise(self, *sizes: int) -> None:
+        self.live += sum(sizes)
         self.peak = max(self.peak, self.live)
+        self.largest = max((self.largest, *sizes))
 
 
-def most(step: Step, order: Iterable[tuple[Trained, LowRank | None]], allocator: str) -> int:
-    """The most that a step through parameters in this order holds at once."""
+def counted(step: Step, order: Iterable[tuple[Trained, LowRank | None]], allocator: str) -> Counted:
+    """A step through parameters in this order."""
     frame = Counted(allocator)
     for t, low in order:
         step(frame, t, low)
-    return frame.peak
+    return frame
 
 
 def in_order(trained: Sequence[Trained]) -> list[Trained]:

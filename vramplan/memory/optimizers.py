@@ -12,7 +12,7 @@ from typing import NamedTuple
 from vramplan.errors import IllegalRecipe, UnknownName
 from vramplan.memory.allocator import rounded
 from vramplan.memory.optimizer_states import optimizer_tables, state_tensors
-from vramplan.memory.optimizer_steps import FP32, STEPS, LowRank, in_order, most
+from vramplan.memory.optimizer_steps import STEPS, LowRank, counted, in_order
 from vramplan.memory.precision import Projection
 from vramplan.memory.states import Layout, Trained
 from vramplan.recipe.optimizers import Optimizer
@@ -74,12 +74,12 @@ def stepping(
             else:
                 states += t.count * rounded(nbytes, allocator)
     in_backward = optimizer.stepping == "in_backward"
-    largest = max((t.numel for t in layout.trained), default=0) * FP32
+    transient, largest = _transient(optimizer, layout, allocator, lows)
     return Stepping(
         states=states + optimizer_tables(optimizer),
         managed=managed,
-        transient=0 if in_backward else _transient(optimizer, layout, allocator, lows),
-        largest=rounded(largest, allocator) if optimizer.factored else 0,
+        transient=0 if in_backward else transient,
+        largest=largest,
         host=_on_host(optimizer, layout),
         released=0 if in_backward else _released(optimizer, allocator, lows),
         in_backward=in_backward,
@@ -149,14 +149,17 @@ def _released(optimizer: Optimizer, allocator: str, lows: dict[Trained, LowRank]
 
 def _transient(
     optimizer: Optimizer, layout: Layout, allocator: str, lows: dict[Trained, LowRank]
-) -> int:
+) -> tuple[int, int]:
+    """Bytes of a step beyond states, and of its largest single tensor where it goes parameter by
+    parameter."""
     step = STEPS.get(optimizer.name)
     if step is not None:
         order = [(t, lows.get(t)) for t in _order(layout.trained, lows)]
-        return most(step, order, allocator)
+        frame = counted(step, order, allocator)
+        return frame.peak, frame.largest
     if optimizer.stepping != "foreach":
-        return 0
-    return FOREACH_TEMPORARIES[optimizer.algorithm] * layout.gradients
+        return 0, 0
+    return FOREACH_TEMPORARIES[optimizer.algorithm] * layout.gradients, 0
 
 
 def _order(trained: Sequence[Trained], lows: dict[Trained, LowRank]) -> list[Trained]:

@@ -9,8 +9,10 @@ with every storage rounded as the allocator rounds it.
 
 from __future__ import annotations
 
+import gc
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import pairwise
 from operator import ge, mul
@@ -143,11 +145,25 @@ def powers_of(batch: int, seq: int) -> tuple[int, ...]:
 @lru_cache(maxsize=1024)
 def compile_step(arch: Architecture, policy: Policy) -> Program:
     """Record one micro-batch of `arch` under `policy` and reduce it."""
-    if policy.in_backward is None:
-        return reduce_recording(record_step(arch, policy))
-    from vramplan.memory.stepping_tape import record_stepping
+    with _uncollected():
+        if policy.in_backward is None:
+            return reduce_recording(record_step(arch, policy))
+        from vramplan.memory.stepping_tape import record_stepping
 
-    return reduce_recording(record_stepping(arch, policy))
+        return reduce_recording(record_stepping(arch, policy))
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """A tape's thousands of nodes die by their counts: looking for cycles among them is in vain,
+    and takes up to a third of the time."""
+    were_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if were_on:
+            gc.enable()
 
 
 def reduce_recording(recording: Recording) -> Program:
@@ -157,7 +173,8 @@ def reduce_recording(recording: Recording) -> Program:
         table.setdefault((*size, category), len(table))
         for size, category in zip(recording.sizes, recording.categories, strict=True)
     ]
-    effects = [_effect(key) for key in table]
+    of_class = [_effect(key) for key in table]
+    effects = [of_class[c] for c in classes]
     copies = _birth_repeats(recording)
     sections = []
     for mark, following in pairwise(recording.marks):
@@ -198,7 +215,8 @@ def _reduce(
 ) -> Section:
     """The net change, and the local maxima that no other one exceeds for every size.
 
-    `copies`: of the storages freed here that stand for several, how many.
+    `classes`, `effects`: by storage. `copies`: of the storages freed here that stand for several,
+    how many.
     """
     live = [0] * len(MONOMIALS)
     tops: list[Top] = []
@@ -206,21 +224,22 @@ def _reduce(
     for position, event in enumerate(events):
         if event >= 0:
             rising = True
-            found = classes[event]
-            monomial, coefficient = effects[found]
+            monomial, coefficient = effects[event]
             if monomial < 0:
-                buffer = found
+                buffer = classes[event]
             else:
                 live[monomial] += coefficient
             continue
         if rising:
             tops.append((tuple(live), position, buffer))
             rising = False
-        monomial, coefficient = effects[classes[~event]]
+        monomial, coefficient = effects[~event]
         if monomial < 0:
             buffer = -1
-        else:
+        elif copies:
             live[monomial] -= coefficient * copies.get(~event, 1)
+        else:
+            live[monomial] -= coefficient
     if rising:
         tops.append((tuple(live), len(events), buffer))
     net = (tuple(live), len(events), -1)

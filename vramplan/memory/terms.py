@@ -56,6 +56,15 @@ def resident(e: Estimate) -> Iterator[Term]:
     if e.policy.rank is not None:
         yield from _of_trained(e, "parameter", "adapter", "peft 0.21 tuners/lora/layer.py")
     yield from _optimizer_states(e)
+    if e.parts.buckets:
+        yield Term(
+            category="buffer",
+            what="DDP's gradient buckets",
+            formula="a flat copy of all gradients",
+            figures=f"{e.parts.buckets} B",
+            bytes=e.parts.buckets,
+            source="torch 2.13 torch/csrc/distributed/c10d/reducer.cpp, initialize_buckets",
+        )
     yield Term(
         category="workspace",
         what="cuBLAS workspaces",

@@ -30,8 +30,6 @@ class Parts(NamedTuple):
     layout: Layout
     stepping: Stepping
     program: Program
-    first: Program | None
-    """With accumulation: the first micro-batch, which finds no gradients."""
     buckets: int = 0
     """DDP's flat copies of all gradients."""
 
@@ -44,12 +42,7 @@ def parts(arch: Architecture, policy: Policy, optimizer: str, allocator: str) ->
     steps = stepping(how, weights, allocator, policy.projection, others)
     if policy.in_backward is None and policy.projection is not None:
         policy = replace(policy, projection=None)  # the tape knows nothing of it
-    return Parts(
-        weights,
-        steps,
-        compile_step(arch, policy),
-        compile_step(arch, replace(policy, accumulating=False)) if policy.accumulating else None,
-    )
+    return Parts(weights, steps, compile_step(arch, policy))
 
 
 class Timeline(NamedTuple):
@@ -90,7 +83,11 @@ class Timeline(NamedTuple):
 
 
 def run_timeline(run: Parts, batch: int, seq: int, accumulation: int, workspace: int) -> Timeline:
-    """The phases of a step of `accumulation` micro-batches of batch x seq tokens."""
+    """The phases of a step of `accumulation` micro-batches of batch x seq tokens.
+
+    The last of them is told: the first finds no gradients of others, and so needs no more at any
+    instant.
+    """
     weights, step = run.layout, run.stepping
     inputs = INPUT_TENSORS * TOKEN * batch * seq * accumulation
     resident = weights.weights + run.buckets + step.states + workspace + inputs
@@ -99,11 +96,6 @@ def run_timeline(run: Parts, batch: int, seq: int, accumulation: int, workspace:
     points = run.program.walk(batch, seq)
     forward = _phase(points, "forward", resident + held)
     backward = _phase(points, "backward", resident + held)
-    if run.first is not None:
-        alone = run.first.walk(batch, seq)
-        forward = forward._replace(peak=max(forward.peak, _phase(alone, "forward", resident).peak))
-        peak = max(backward.peak, _phase(alone, "backward", resident).peak)
-        backward = backward._replace(peak=peak)
     stepped = resident + gradients
     return Timeline(
         load=Phase(weights.loaded, weights.load_peak),

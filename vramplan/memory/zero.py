@@ -30,7 +30,7 @@ def zero_parts(
         gradients=part.arriving,
     )
     stepping = Stepping(states=part.masters + part.states, managed=0, transient=part.step)
-    return Parts(mine, stepping, part.last.program, None), part
+    return Parts(mine, stepping, part.last.program), part
 
 
 def zero_estimate(

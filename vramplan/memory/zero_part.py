@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 from vramplan.memory.allocator import rounded
 from vramplan.memory.host import Host, host_of
-from vramplan.memory.optimizers import FOREACH_TEMPORARIES, FP32, optimizer_tables, state_tensors
+from vramplan.memory.optimizer_states import FP32, optimizer_tables, state_tensors
+from vramplan.memory.optimizers import FOREACH_TEMPORARIES
 from vramplan.memory.precision import Policy
 from vramplan.memory.program import Program
 from vramplan.memory.ranks import (

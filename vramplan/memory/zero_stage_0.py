@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from vramplan.memory.optimizers import FP32
+from vramplan.memory.optimizer_states import FP32
 from vramplan.memory.program import compile_step
 from vramplan.memory.zero_extras import extras_of
 from vramplan.memory.zero_part import Part, Run, Sharded, nothing
@@ -34,7 +34,8 @@ def stage_0(part: Part) -> Sharded:
             initialized + part.up(count * FP32) + part.stepping(count),  # the step of zeros
         )
     program = compile_step(part.arch, part.policy)
-    last, others = Run(program, extras_of(program, nothing, nothing)), ()
+    last = Run(program, extras_of(program, nothing, nothing))
+    others: tuple[Run, ...] = ()
     if part.accumulation > 1:
         alone = compile_step(part.arch, replace(part.policy, accumulating=False))
         last = last._replace(held=gradients)

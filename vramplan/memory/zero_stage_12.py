@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from vramplan.memory.optimizers import FP32
+from vramplan.memory.optimizer_states import FP32
 from vramplan.memory.program import compile_step
 from vramplan.memory.ranks import Weight
 from vramplan.memory.zero_extras import extras_of
@@ -133,7 +133,7 @@ class _Arrivals:
         return last + self.left_over(0)
 
     def left_over(self, layer: int) -> int:
-        """Stage 1 clears other ranks' gradients only in the epilogue; small ones are in a bucket."""
+        """Stage 1 clears other ranks' gradients at the end of all; small ones are in a bucket."""
         if self.part.zero.stage == 2:
             return 0
         return sum(

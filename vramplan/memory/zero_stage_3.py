@@ -8,7 +8,7 @@ partition_grads, _constant_buffered_norm2), runtime/zero/partition_parameters.py
 from __future__ import annotations
 
 from vramplan.memory.gathering import Gathered, always_whole, gathered
-from vramplan.memory.optimizers import FP32
+from vramplan.memory.optimizer_states import FP32
 from vramplan.memory.ranks import Weight, partition, sub_groups
 from vramplan.memory.zero_extras import extras_of
 from vramplan.memory.zero_part import NORM, Part, Run, Sharded
@@ -70,8 +70,8 @@ def _partitions(part: Part, parameters: list[Weight], owned: int) -> tuple[int, 
 
 
 def _persistent(part: Part) -> int:
-    """Weights that stay whole; one rank has all of them whole anyway."""
-    if part.ranks == 1:
+    """Weights that stay whole; one rank has all of them whole anyway, where they are on its GPU."""
+    if part.ranks == 1 and not part.zero.offload_param:
         return 0
     limit = part.zero.stage3_model_persistence_threshold // part.ranks
     always = always_whole(part.list, part.sizes["persistence_threshold"], limit)
@@ -104,7 +104,7 @@ def _loading(part: Part, parameters: list[Weight], buffers: int) -> tuple[int, i
 def _run(part: Part) -> tuple[Run, Gathered | None]:
     """The tape with gathered weights, and when they are."""
     program = part.hooked()
-    whole = _gathering(part) if part.ranks > 1 else None
+    whole = _gathering(part) if part.ranks > 1 or part.zero.offload_param else None
     norms = _norms(part) if part.offload else (0, 0, 0)
 
     def within(phase: str, place: int | str) -> int:

@@ -63,7 +63,7 @@ class Highest(NamedTuple):
     """The highest section of a phase, of the micro-batch in which it is highest."""
 
     run: Run
-    index: int
+    section: int
     top: Top
 
 
@@ -108,8 +108,8 @@ def _at_peak(out: Counter[str], found: Highest, batch: int, seq: int) -> None:
     """What lives on the tape: sections before, repetitions before, and the instant."""
     program, top = found.run.program, found.top
     sizes = program.sizes(powers_of(batch, seq))
-    section = program.sections[found.index]
-    parts = [(before.net, before.repeats) for before in program.sections[: found.index]]
+    section = program.sections[found.section]
+    parts = [(before.net, before.repeats) for before in program.sections[: found.section]]
     parts.append((section.net, top.repetition + top.after))
     instant = section.highest(powers_of(batch, seq), sizes)
     if not top.after and instant is not None and instant.total(sizes) > 0:

@@ -72,6 +72,11 @@ class Candidate:
         )
 
     @property
+    def reaches(self) -> int:
+        """Bytes of host memory that it trains with; 0 where all stays on the cards."""
+        return self.host if self.offloads else 0
+
+    @property
     def card_seconds(self) -> float | None:
         """Of an optimizer step: its time on all of its cards. Cost is proportional to it."""
         return None if self.seconds is None else self.seconds * self.cards

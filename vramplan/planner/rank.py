@@ -2,7 +2,8 @@
 
 Methods differ in what is learned, so cost never decides between them. They are taken in the order
 of goal.METHODS: first the ones that have a plan that stays on the cards; then those that reach for
-host memory. Within a method cost decides (or time, if the goal says so), then memory.
+host memory. Within a method, too, what stays on the cards comes first; then cost decides (or time,
+if the goal says so), then memory.
 """
 
 from __future__ import annotations
@@ -38,12 +39,13 @@ def ranked(candidates: Iterable[Candidate], goal: Goal) -> list[Candidate]:
 
 
 def best_of(candidates: Iterable[Candidate], goal: Goal) -> Candidate | None:
-    """The best plan of one method: of the cheapest the quickest, of these the one with least
-    memory."""
+    """The best plan of one method: of those that stay on the cards, if there are any, the
+    cheapest; of equal ones the quickest, and of these the one with least memory."""
     fitting = ranked(candidates, goal)
     if not fitting:
         return None
-    cheap = _nearly_least(fitting, [objective(c, goal) for c in fitting])
+    stay = [c for c in fitting if not c.offloads] or fitting
+    cheap = _nearly_least(stay, [objective(c, goal) for c in stay])
     quick = _nearly_least(cheap, [c.seconds or 0.0 for c in cheap])
     small = _nearly_least(quick, [c.footprint for c in quick])
     return min(small, key=lambda c: key(c, goal))
@@ -73,10 +75,8 @@ def picked(candidates: Iterable[Candidate], goal: Goal) -> Candidate | None:
 
 
 def front(candidates: Iterable[Candidate], goal: Goal) -> list[Candidate]:
-    """The plans that no other one beats in memory, cost and time, the cheapest first.
-
-    On one card cost is time, and each has less memory than the one before.
-    """
+    """The plans that no other one beats in memory, cost, time and host memory, the cheapest
+    first."""
     found: list[Candidate] = []
     for candidate in ranked(candidates, goal):  # none is beaten by a dearer one
         if dominator(candidate, found, goal) is None:
@@ -85,7 +85,8 @@ def front(candidates: Iterable[Candidate], goal: Goal) -> list[Candidate]:
 
 
 def dominator(candidate: Candidate, best: Sequence[Candidate], goal: Goal) -> Candidate | None:
-    """The plan among `best` that needs no more than `candidate`, costs no more, takes no longer."""
+    """The plan among `best` that needs no more than `candidate` of the card and of its host, costs
+    no more, and takes no longer."""
     mine = objective(candidate, goal)
     for other in best:
         if other is candidate:
@@ -94,6 +95,7 @@ def dominator(candidate: Candidate, best: Sequence[Candidate], goal: Goal) -> Ca
             objective(other, goal) <= mine
             and (other.seconds or 0.0) <= (candidate.seconds or 0.0)
             and other.footprint <= candidate.footprint
+            and other.reaches <= candidate.reaches
         ):
             return other
     return None

@@ -117,8 +117,7 @@ class Evaluator:
         )
 
     def _remembering(self, run: Parts) -> Parts:
-        first = None if run.first is None else self._walking(run.first)
-        return run._replace(program=self._walking(run.program), first=first)
+        return run._replace(program=self._walking(run.program))
 
     def _walking(self, program: Program) -> Any:
         # Keyed by identity, since a program is too large to hash; kept, so that it stays unique.
@@ -134,8 +133,10 @@ class Evaluator:
             return 0
         policy = policy_of(recipe, self.arch, self._capability)
         weights = layout(self.arch, policy, recipe.allocator)
-        states = stepping(find_optimizer(recipe.optimizer), weights, recipe.allocator).states
-        stays = weights.weights + states + weights.gradients
+        optimizer = find_optimizer(recipe.optimizer)
+        steps = stepping(optimizer, weights, recipe.allocator, policy.projection)
+        gradients = 0 if steps.in_backward else weights.gradients
+        stays = weights.weights + steps.states + gradients
         return stays + allocator.slack(stays, recipe.allocator)
 
 

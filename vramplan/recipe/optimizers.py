@@ -31,6 +31,17 @@ Stepping = Literal["fused", "foreach", "per_parameter", "in_backward"]
 LIBRARIES = ("torch", "transformers", "bitsandbytes")
 """The packages that every `launch` has; the others are installed for their optimizer alone."""
 
+INSTALLED_AS = {
+    "torchao": "torchao",
+    "galore_torch": "galore-torch",
+    "apollo_torch": "apollo-torch",
+    "lomo_optim": "lomo-optim",
+    "grokadamw": "grokadamw",
+    "schedulefree": "schedulefree",
+    "optimi": "torch-optimi",
+}
+"""The others, by the names under which PyPI has them."""
+
 # bitsandbytes 0.50, optim/optimizer.py: `init_state` keeps a tensor of fewer elements in 32 bits.
 BNB_MIN_8BIT_ELEMENTS = 4096
 # ... and one fp32 absmax stands for this many elements of one 8-bit state.

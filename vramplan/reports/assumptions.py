@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vramplan.recipe.optimizers import OPTIMIZERS
 from vramplan.units import format_bytes
 
 if TYPE_CHECKING:
     from vramplan.hardware.gpu import Gpus
     from vramplan.memory.estimate import Estimate
+    from vramplan.recipe.recipe import Recipe
 
 CHECKED_WITH = "torch 2.11 to 2.13, transformers 5.17, peft 0.21, bitsandbytes 0.50"
 """The versions whose code the rules follow; each rule names its own source."""
@@ -18,8 +20,7 @@ def assumptions(needed: Estimate) -> tuple[str, ...]:
     """What the figures hold under; the model's own notes last."""
     recipe = needed.recipe
     said = [
-        "Trainer's plain loop in a steady step: optimizer states exist, and gradients are freed "
-        "after each step.",
+        _step(recipe),
         f"Every sequence has exactly {recipe.seq_len} tokens: no padding, no packing.",
         _allocator(recipe.allocator),
         f"CUDA context {format_bytes(needed.overhead['context'])}, as measured on a data centre "
@@ -31,6 +32,20 @@ def assumptions(needed: Estimate) -> tuple[str, ...]:
     said += _ranks(needed)
     said.append(f"The libraries do as in {CHECKED_WITH}.")
     return (*said, *(f"{note}." for note in needed.notes))
+
+
+def _step(recipe: Recipe) -> str:
+    optimizer = OPTIMIZERS[recipe.optimizer]
+    freed = "after each step"
+    if optimizer.stepping == "in_backward":
+        freed = "within backward, where the optimizer steps"
+    said = (
+        "Trainer's plain loop in a steady step: optimizer states exist, and gradients are freed "
+        f"{freed}."
+    )
+    if optimizer.low_rank is None:
+        return said
+    return f"{said} In this step projections are renewed (update_proj_gap)."
 
 
 def _allocator(allocator: str) -> str:
@@ -73,7 +88,14 @@ def _ranks(needed: Estimate) -> list[str]:
             f"shown is rank {needed.sharded.rank if needed.sharded else 0}, which needs most."
         )
     if recipe.world_size > 1:
-        said.append("NCCL's own memory, which no figure is known for, comes on top of required.")
+        said.append(
+            "NCCL's own memory as measured between two H100 through NVLink; other links, and more "
+            "GPUs, may take more or less."
+        )
+        if recipe.deepspeed is None:
+            said.append(
+                "torch's DDP as Trainer wraps the model: ddp_find_unused_parameters is left to it."
+            )
     elif gpus is not None and gpus.count > 1:
         said.append(
             f"The run uses one of the {gpus.count} cards: CUDA_VISIBLE_DEVICES names it. Started "

@@ -55,6 +55,7 @@ class RunComparison:
     phases: tuple[Pair, ...]
     """Ends and peaks by phase, named "forward, peak"."""
     categories: tuple[Pair, ...]
+    predicted_peak: int | None
     required: int | None
     used: int | None
     """Allocated at the peak, and what the driver counted outside the allocator."""
@@ -124,6 +125,7 @@ def compare(measurement: Mapping[str, Any]) -> RunComparison:
         peak=peak,
         phases=tuple(_phases(said, rank)) if whole and said else (),
         categories=tuple(_categories(said, rank)) if whole and said else (),
+        predicted_peak=said.get("peak_allocated"),
         required=said.get("required"),
         used=measured + outside if whole and outside is not None else None,
         outside=outside,
@@ -141,14 +143,15 @@ def as_measured(said: Mapping[str, Any]) -> dict[str, dict[str, int]]:
     """The predicted phases as a run's are marked.
 
     Under DeepSpeed accelerate's backward steps as well (utils/deepspeed.py,
-    DeepSpeedEngineWrapper.backward): both are seen as backward.
+    DeepSpeedEngineWrapper.backward): both are seen as backward. Its engine is made after what
+    marks can see of preparing.
     """
     phases = {name: dict(phase) for name, phase in said["phases"].items()}
     if said["recipe"].get("deepspeed"):
-        step = phases["optimizer_step"]
+        step = phases.pop("optimizer_step")
         peak = max(phases["backward"]["peak"], step["peak"])
         phases["backward"] = {"end": step["end"], "peak": peak}
-        phases["optimizer_step"] = {"end": step["end"], "peak": step["end"]}
+        del phases["prepare"]
     return phases
 
 
@@ -194,6 +197,12 @@ def _lines(c: RunComparison) -> Iterator[str]:
         yield from wrap(f"{who}: predicted {c.error:+.2f} % at the peak{rank}", WIDTH)
     if c.shortage is not None:
         yield from wrap(_shortage(c), WIDTH)
+    if c.peak is None and c.required is not None and c.shortage is None:
+        yield from wrap(
+            f"Predicted: {format_bytes(c.predicted_peak or 0)} at the peak, "
+            f"{format_bytes(c.required)} required. Nothing was measured beside it.",
+            WIDTH,
+        )
     if c.peak is not None:
         yield ""
         yield f"  {'':<22}{'predicted':>11}{'measured':>11}{'difference':>13}"

@@ -111,9 +111,9 @@ def show_ways(needed: Estimate, ways: Sequence[Way], look: Look) -> str:
     ranks, node = needed.recipe.world_size, ranks_of_a_node(needed)
     each = f"each of {ranks} ranks" if ranks > 1 else "one GPU"
     lines = [look.paint(f"{needed.id}, {each}:", "heading"), ""]
-    title = f"host, {node} ranks" if node > 1 else "host"
-    head = f"  {'':<26}{'peak':>10}{'required':>11}  {'fits':<5}{title:>16}"
-    lines.append(head + (f"{'NVMe':>11}" if _any_nvme(ways) else ""))
+    title = f"host x {node}" if node > 1 else "host"
+    head = f"  {'':<26}{'peak':>10}{'required':>11}  {'fits':<4}{title:>13}"
+    lines.append(head + (f"{'NVMe':>12}" if _any_nvme(ways) else ""))
     lines += [_row(way, node, look) for way in ways]
     lines += _refusals(ways, look)
     lines.append("")
@@ -127,7 +127,7 @@ def _row(way: Way, node: int, look: Look) -> str:
     found = way.needed
     fits = "" if found.fits is None else "yes" if found.fits else "no"
     role = "good" if found.fits else "bad"
-    painted = look.paint(f"{fits:<5}", role) if fits else f"{fits:<5}"
+    painted = look.paint(f"{fits:<4}", role) if fits else f"{fits:<4}"
     row = (
         f"  {way.name:<26}{format_bytes(found.peak_allocated):>10}"
         f"{format_bytes(found.required):>11}  {painted}"
@@ -135,8 +135,8 @@ def _row(way: Way, node: int, look: Look) -> str:
     host = way.host
     if host is None or not (host.pinned or host.pageable or host.nvme):
         return row.rstrip()
-    row += f"{format_bytes(node * (host.pinned + host.pageable)):>16}"
-    return row + (f"{format_bytes(node * host.nvme):>11}" if host.nvme else "")
+    row += f"{format_bytes(node * (host.pinned + host.pageable)):>13}"
+    return row + (f"{format_bytes(node * host.nvme):>12}" if host.nvme else "")
 
 
 def _any_nvme(ways: Sequence[Way]) -> bool:

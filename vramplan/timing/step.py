@@ -50,7 +50,8 @@ def step_time(
     spent = micro_batch(arch, policy, gpu, recipe.batch_size, recipe.seq_len)
     step = step_of(arch, policy, recipe.optimizer, gpu)
     out = {name: steps * value for name, value in zip(PARTS, spent.parts, strict=True)}
-    waiting = steps * (spent.total - sum(spent.parts) + step.start) + step.before + step.after
+    idle = max(0.0, spent.total - sum(spent.parts))
+    waiting = steps * (idle + step.start) + step.before + step.after
     out["backward"] += (steps - 1) * 3 * step.gradients / rates_of(gpu).bandwidth
     out["optimizer"], out["communication"], out["offload"] = step.card, 0.0, 0.0
     waiting += max(0.0, step.host - step.card)

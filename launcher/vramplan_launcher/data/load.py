@@ -287,8 +287,8 @@ class _Maker:
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def _map(self, rows: Any, function: Callable[..., Any], key: str, **options: Any) -> Any:
-        self.cache.mkdir(parents=True, exist_ok=True)
         try:
+            self.cache.mkdir(parents=True, exist_ok=True)
             return rows.map(
                 function,
                 batched=True,

@@ -11,6 +11,8 @@ from typing import Any
 from vramplan.errors import UnknownName, UserError
 from vramplan_launcher.data.spec import FORMATS, SUFFIXES, DataSpec, format_of
 
+_SAVED = ("dataset_info.json", "dataset_dict.json")
+"""By either a folder of `save_to_disk` is told."""
 NAMED = {"text": "text", "prompt": "prompt", "completion": "completion", "messages": "messages"}
 """What a column is called where the user names none."""
 
@@ -22,13 +24,14 @@ def read_rows(spec: DataSpec, source: str, split: str, cache: Path) -> Any:
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        rows = _saved(path, split)
+        saved = any((path / name).is_file() for name in _SAVED)
+        rows = _saved(path, split) if saved else _loaded(source, spec.subset, split, cache)
     elif path.is_file():
         rows = _file(path, spec, cache)
     elif _looks_like_a_file(source):
         raise UserError(f"no data file {source!r}{_beside(path)}")
     else:
-        rows = _hub(source, spec.subset, split)
+        rows = _loaded(source, spec.subset, split)
     if len(rows) == 0:
         raise UserError(f"data {source!r} has no rows")
     return rows if spec.limit is None else rows.select(range(min(spec.limit, len(rows))))
@@ -99,24 +102,24 @@ def _file(path: Path, spec: DataSpec, cache: Path) -> Any:
     try:
         return read[kind](glob.escape(str(path.absolute())), **options)
     except (Exception, StopIteration) as error:
-        raise UserError(f"data file {str(path)!r}: {_why(path, kind, error)}") from error
+        raise UserError(f"data file {str(path)!r}: {_why(path, kind, cache, error)}") from error
 
 
-def _why(path: Path, kind: str, error: BaseException) -> str:
+def _why(path: Path, kind: str, cache: Path, error: BaseException) -> str:
     """What is wrong with a file that `datasets` could not read, and in which row."""
     cause: BaseException = error
     while cause.__cause__ is not None and not isinstance(cause, UnicodeDecodeError):
         cause = cause.__cause__
     if isinstance(cause, OSError) and cause.errno is not None:
-        return f"{cause.strerror}, as its rows were converted"
+        return f"{cause.strerror}, as its rows were written to {str(cache)!r}"
     if kind == "json":
         broken = _broken_line(path)
         if broken:
             return broken
     if isinstance(cause, UnicodeDecodeError):
         return f"it is not UTF-8 ({cause.reason}). Convert it"
-    first = (str(cause) or type(cause).__name__).splitlines()[0]
-    return f"not read as {kind}: {first.removeprefix('Error tokenizing data. C error: ')}"
+    first = _first(cause).removeprefix("Error tokenizing data. C error: ")
+    return f"not read as {kind}: {first}"
 
 
 def not_utf8(source: str, error: UnicodeDecodeError) -> str:
@@ -152,12 +155,7 @@ def _broken_line(path: Path) -> str | None:
 def _saved(path: Path, split: str) -> Any:
     from datasets import DatasetDict, load_from_disk
 
-    try:
-        found = load_from_disk(str(path))
-    except FileNotFoundError as error:
-        raise UserError(
-            f"data folder {str(path)!r} was not written by Dataset.save_to_disk: name a file in it"
-        ) from error
+    found = load_from_disk(str(path))
     if not isinstance(found, DatasetDict):
         return found
     if split not in found:
@@ -165,21 +163,28 @@ def _saved(path: Path, split: str) -> Any:
     return found[split]
 
 
-def _hub(source: str, subset: str | None, split: str) -> Any:
+def _loaded(source: str, subset: str | None, split: str, cache: Path | None = None) -> Any:
+    """A dataset of the Hub, or a folder of files laid out as one."""
     from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     named = f"dataset {source!r}"
+    kept = None if cache is None else str(cache)
     try:
-        return load_dataset(source, subset, split=split)
+        return load_dataset(source, subset, split=split, cache_dir=kept)
     except DatasetNotFoundError as error:
-        said = str(error).splitlines()[0]
-        raise UserError(f"no {named}, on the Hub or as a file here: {said}") from error
+        raise UserError(f"no {named}, on the Hub or as a file here: {_first(error)}") from error
     except (ConnectionError, OfflineModeIsEnabled) as error:
         raise UserError(
             f"{named} is not in the local cache, and the Hub can't be reached "
-            f"({str(error).splitlines()[0]}). If a file is meant, check its path"
+            f"({_first(error)}). If a file is meant, check its path"
         ) from error
-    except ValueError as error:  # an unknown split, a configuration that must be named
-        raise UserError(f"{named}: {str(error).splitlines()[0]}") from error
+    except DatasetGenerationError as error:
+        raise UserError(f"{named}: {_first(error.__cause__ or error)}") from error
+    except (ValueError, FileNotFoundError) as error:  # an unknown split or configuration; no data
+        raise UserError(f"{named}: {_first(error)}") from error
+
+
+def _first(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

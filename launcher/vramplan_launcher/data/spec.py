@@ -32,7 +32,8 @@ class DataSpec:
     """
 
     source: str | None = None
-    """A file, a folder of `Dataset.save_to_disk`, or a `datasets` id; None is random tokens."""
+    """A file, a folder of files or of `Dataset.save_to_disk`, or a `datasets` id; None is random
+    tokens."""
     format: Format | None = None
     """json (one object a line, or one array), csv or parquet; None is as the file's name ends."""
     subset: str | None = None

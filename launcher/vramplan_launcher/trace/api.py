@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vramplan.errors import UserError
+from vramplan.errors import IllegalRecipe, UserError
 from vramplan.hardware.catalogue import Gpu, Gpus, parse_gpu, warnings_for
 from vramplan.memory import allocator
 from vramplan.memory.estimate import CATEGORIES
-from vramplan.memory.needs import Needs
+from vramplan.memory.needs import Needs, document
 from vramplan.memory.timeline import Phase
+from vramplan.recipe.optimizers import LIBRARIES as OF_OPTIMIZERS
 from vramplan.recipe.optimizers import find_optimizer
 from vramplan.recipe.recipe import Recipe
 from vramplan.recipe.rules import cautions
@@ -57,6 +58,7 @@ class Traced(Needs):
     notes: tuple[str, ...] = ()
     sharded: None = None
     """One rank is traced; ZeRO is not."""
+    host: None = None
 
     @property
     def peak_allocated(self) -> int:
@@ -89,30 +91,7 @@ class Traced(Needs):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, with the keys of `Estimate.to_dict()`, and `via` and `versions`."""
-        return {
-            "schema": 1,
-            "via": "trace",
-            "versions": dict(self.versions),
-            "model": {
-                "id": self.id,
-                "parameters": self.parameters,
-                "trainable_parameters": self.trainable_parameters,
-            },
-            "recipe": self.recipe.to_dict(),
-            "peak_allocated": self.peak_allocated,
-            "peak_phase": self.peak_phase,
-            "phases": {
-                name: {"end": phase.end, "peak": phase.peak}
-                for name, phase in self.timeline.all.items()
-            },
-            "breakdown": dict(self.breakdown),
-            "overhead": self.overhead,
-            "required": self.required,
-            "managed": self.managed,
-            "gpu": None if self.gpu is None else self.gpu.to_dict(),
-            "fits": self.fits,
-            "warnings": list(self.warnings),
-        }
+        return {**document(self), "via": "trace", "versions": dict(self.versions)}
 
 
 class NotInstalled(UserError):
@@ -130,7 +109,17 @@ def missing(recipe: Recipe) -> tuple[str, ...]:
 
 
 def check_installed(recipe: Recipe) -> None:
-    """Raises NotInstalled, with the line that installs what a trace of `recipe` needs."""
+    """Raises NotInstalled, with the line that installs what a trace of `recipe` needs.
+
+    IllegalRecipe for optimizers of other packages: compiled and Triton kernels, and steps that
+    move tensors to the host, do on fake tensors what they don't do on a GPU.
+    """
+    package = find_optimizer(recipe.optimizer).package
+    if package not in OF_OPTIMIZERS:
+        raise IllegalRecipe(
+            f"optimizer {recipe.optimizer!r} in a trace: {package}'s steps can't be traced. Use an "
+            "estimate by rules, or an optimizer of torch, transformers or bitsandbytes"
+        )
     lacking = missing(recipe)
     if lacking:
         raise NotInstalled(

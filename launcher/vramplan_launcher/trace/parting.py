@@ -1,11 +1,10 @@
-"""Where two sides of a section part: the first operation, and all storages without a counterpart."""
+"""Where the two sides of a section part: the first operation, and what has no counterpart."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter as Tally
 from collections.abc import Mapping, Sequence
-from difflib import SequenceMatcher
 from typing import TYPE_CHECKING
 
 from vramplan.memory.estimate import Estimate
@@ -48,7 +47,6 @@ def named(needed: Estimate, phase: str, mine: Stretch, theirs: Seen, what: str) 
         first=_first(
             [(size, _rule(label)) for size, label in _made(labelled, sections, scale, keeps)],
             [(s.size, _op(s)) for s in (theirs.staying if keeps else theirs.living)],
-            (sizes[0] - sizes[1], sizes[1] - sizes[0]),
         ),
         estimate=ends[0] - mine.start,
         trace=ends[1] - theirs.start,
@@ -62,36 +60,75 @@ def named(needed: Estimate, phase: str, mine: Stretch, theirs: Seen, what: str) 
 Made = tuple[int, str]
 """A storage's bytes, and what made it."""
 
+KINDS = {
+    **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm", "dense", "matmul", "product"), "product"),
+    **dict.fromkeys(("gemm_4bit", "linear_4bit", "int8_mixed_scaled_mm", "linear_int8"), "product"),
+    **dict.fromkeys(("native_dropout", "dropout"), "dropout"),
+    **dict.fromkeys(("native_layer_norm", "layer_norm"), "norm"),
+    **dict.fromkeys(("_to_copy", "to", "float", "full", "lower"), "to"),
+    **dict.fromkeys(("_softmax", "softmax", "safe_softmax", "_safe_softmax"), "softmax"),
+    **dict.fromkeys(("_log_softmax", "cross_entropy"), "loss"),
+}
+"""What torch's operations and the rules of an estimate have in common, where names differ."""
+GAP, UNLIKE = 2, 1
+"""Costs of a storage without a counterpart, and of one that another kind of operation makes."""
+MOST = 2_000_000
+"""Pairs that are looked at, at most."""
 
-def _first(
-    mine: Sequence[Made], theirs: Sequence[Made], only: tuple[Tally[int], Tally[int]]
-) -> str:
-    """The first operation, in the order of the step, that makes what the other side has not.
 
-    Both sides' storages are laid beside each other in the order in which they are born; what has
-    a counterpart elsewhere in the section is passed over.
-    """
-    sides = [[s for s in side if s[0] > CRUMB] for side in (mine, theirs)]
-    one, two = ([size for size, _ in side] for side in sides)
+def _first(mine: Sequence[Made], theirs: Sequence[Made]) -> str:
+    """The first operation, in the order of the step, that makes what the other side has not."""
+    one, two = ([made for made in side if made[0] > CRUMB] for side in (mine, theirs))
+    if len(one) * len(two) > MOST:
+        return ""
     before = ""
-    for kind, low, high, start, stop in SequenceMatcher(None, one, two, False).get_opcodes():
-        if kind == "equal":
-            before = sides[1][stop - 1][1]
-            continue
-        for name, only_here, part in (
-            ("trace", only[1], sides[1][start:stop]),
-            ("estimate", only[0], sides[0][low:high]),
-        ):
-            found = next((made for made in part if only_here[made[0]] > 0), None)
-            if found is not None:
-                return _sentence(name, found, before)
+    for here, there in _aligned(one, two):
+        if here is None and there is not None:
+            return f"{there[1]} ({format_bytes(there[0])}, only in the trace)"
+        if there is None and here is not None:
+            where = f", after {before}" if before else ""
+            return f"{here[1]} ({format_bytes(here[0])}, only in the estimate{where})"
+        before = there[1] if there is not None else before
     return ""
 
 
-def _sentence(side: str, made: Made, before: str) -> str:
-    size, what = made
-    where = f", after {before}" if before and side == "estimate" else ""
-    return f"{what} ({format_bytes(size)}, only in the {side}{where})"
+def _aligned(one: list[Made], two: list[Made]) -> list[tuple[Made | None, Made | None]]:
+    """Both in their order, equal sizes beside each other: the way that costs least."""
+    kinds = [[_kind(what) for _, what in side] for side in (one, two)]
+    width = len(two) + 1
+    cost = [[0] * width for _ in range(len(one) + 1)]
+    for i in range(len(one), -1, -1):
+        for j in range(len(two), -1, -1):
+            ways = [cost[i + 1][j] + GAP] if i < len(one) else []
+            ways += [cost[i][j + 1] + GAP] if j < len(two) else []
+            if i < len(one) and j < len(two) and one[i][0] == two[j][0]:
+                ways.append(cost[i + 1][j + 1] + UNLIKE * (kinds[0][i] != kinds[1][j]))
+            cost[i][j] = min(ways, default=0)
+    out: list[tuple[Made | None, Made | None]] = []
+    i = j = 0
+    while i < len(one) or j < len(two):
+        here = one[i] if i < len(one) else None
+        there = two[j] if j < len(two) else None
+        if here and there and here[0] == there[0]:
+            unlike = UNLIKE * (kinds[0][i] != kinds[1][j])
+            if cost[i][j] == cost[i + 1][j + 1] + unlike:
+                out.append((here, there))
+                i, j = i + 1, j + 1
+                continue
+        if here and cost[i][j] == cost[i + 1][j] + GAP:
+            out.append((here, None))
+            i += 1
+        else:
+            out.append((None, there))
+            j += 1
+    return out
+
+
+def _kind(what: str) -> str:
+    """ "aten.mm.default in model.layers.0 ..." and "dense forward in Llama.mlp": a product."""
+    name = what.split(" > ")[-1].split(" ")[0]
+    name = name.split(".")[1] if "." in name else name
+    return KINDS.get(name, name)
 
 
 def _made(
@@ -163,7 +200,5 @@ def _listed(only: Tally[int], makers: Mapping[int, Sequence[str]]) -> tuple[str,
 
 
 def _bytes(size: tuple[int, int, int], scale: Sequence[int]) -> int:
-    from vramplan.memory.program import POSITION
-
     n, i, j = size
     return n * scale[POSITION[i, j]] if j >= 0 else reckoned(n, i, j, scale)

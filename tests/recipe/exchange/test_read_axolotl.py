@@ -186,6 +186,18 @@ def test_every_key_that_is_not_honoured_is_named(key: str) -> None:
         assert not any(key in w for w in read(**{**LORA, key: nothing}).warnings)
 
 
+def test_targets_as_a_regular_expression() -> None:
+    pattern = r"model.language_model.layers.[\d]+.(mlp|self_attn).(up|down|q)_proj"
+    made = read(**{**LORA, "lora_target_linear": False, "lora_target_modules": pattern})
+    assert made.recipe.lora.target_modules == ("down_proj", "q_proj", "up_proj")
+    (warning,) = made.warnings
+    assert "a regular expression, is estimated as up_proj, down_proj, q_proj" in warning
+    with pytest.raises(IllegalRecipe, match="can't be read: it is a regular expression"):
+        read(**{**LORA, "lora_target_linear": False, "lora_target_modules": r".*attn\..*"})
+    plain = read(**{**LORA, "lora_target_linear": False, "lora_target_modules": "q_proj, v_proj"})
+    assert plain.recipe.lora.target_modules == ("q_proj", "v_proj")
+
+
 def test_what_costs_no_memory_is_passed_over() -> None:
     assert not HARMLESS & UNMODELLED.keys()
     taken = {"datasets", "plugins", "output_dir"} | {k for k in HARMLESS if k.startswith("lora_")}

@@ -142,6 +142,18 @@ def test_accelerate_takes_its_config(tmp_path: Path, recipe: Recipe, kind: str) 
         assert made.mixed_precision == recipe.mixed_precision
 
 
+def test_what_vramplan_config_writes_is_the_same() -> None:
+    yaml = pytest.importorskip("yaml")
+    files = pytest.importorskip("vramplan_launcher.deepspeed_files")
+    recipe = Recipe(deepspeed=DeepSpeed(stage=3), world_size=4, gradient_checkpointing=True)
+    mine = yaml.safe_load(export("accelerate", "m", recipe).text)
+    assert mine == yaml.safe_load(files.accelerate_config(recipe))
+    theirs = settings_of(files.training_arguments(recipe))
+    for name, value in settings_of(export("training-arguments", "m", recipe).text).items():
+        if name in theirs and name != "learning_rate":
+            assert theirs[name] == value
+
+
 # --- Python -----------------------------------------------------------------------------------
 
 PYTHON = {

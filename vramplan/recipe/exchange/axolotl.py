@@ -6,6 +6,7 @@ src/axolotl/loaders/model.py, loaders/adapter.py and core/builders/base.py for w
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,6 +35,8 @@ _NEAR_ATTENTION = {
     "fp8": "sdpa",
     "flex_attention": "sdpa",
 }
+# "…layers.[\\d]+.(mlp|self_attn).(up|down|q|k)_proj", as multimodal models' examples have it.
+_ENDING = re.compile(r"\((?:\?:)?(?P<names>\w+(?:\|\w+)*)\)(?P<tail>_\w+)?\$?$")
 # The names axolotl has for what transformers calls otherwise.
 _OPTIMIZERS = {
     "ao_adamw_4bit": "adamw_torch_4bit",
@@ -150,7 +153,7 @@ def _method(keys: Keys, fields: Mapping[str, Any]) -> dict[str, Any]:
     if rank is None:
         raise UserError(f"{keys.name}: adapter {adapter} without lora_r: the rank is needed")
     every = keys.flag("lora_target_linear")
-    targets = keys.names("lora_target_modules")
+    targets = _targets(keys)
     if not every and not targets:
         raise UserError(f"{keys.name}: neither lora_target_linear nor lora_target_modules is set")
     cast = keys.flag("peft_autocast_adapter_dtype", True)
@@ -163,6 +166,24 @@ def _method(keys: Keys, fields: Mapping[str, Any]) -> dict[str, Any]:
             "dtype": "fp32" if cast else fields["dtype"],
         }
     }
+
+
+def _targets(keys: Keys) -> tuple[str, ...]:
+    """Names; or of a lone text, which peft takes for a regular expression, those it ends in."""
+    given = keys.left.get("lora_target_modules")
+    if not isinstance(given, str) or re.fullmatch(r"[\w.,\s-]*", given):
+        return keys.names("lora_target_modules")
+    keys.take("lora_target_modules")
+    ending = _ENDING.search(given)
+    if ending is None:
+        raise IllegalRecipe(
+            f"{keys.name}: lora_target_modules {given!r} can't be read: it is a regular "
+            "expression; name the modules"
+        )
+    tail = ending["tail"] or ""
+    targets = tuple(name + tail for name in ending["names"].split("|"))
+    keys.warn(f"lora_target_modules, a regular expression, is estimated as {', '.join(targets)}")
+    return targets
 
 
 def _sequences(keys: Keys) -> None:

@@ -57,6 +57,10 @@ UNMODELLED: dict[str, str] = {
     "selective_checkpointing": "every layer is taken to be recomputed whole",
     "fp8": "matrices are taken to be multiplied in the dtype of the weights",
     "quantize_moe_experts": "experts are taken to stay in 16 bits; the estimate is high",
+    "use_sonicmoe": OTHER_KERNEL,
+    "use_scattermoe": OTHER_KERNEL,
+    "diffusion": _OTHER_METHOD,
+    "expert_parallel_size": SHARDED,
     "sequence_parallel_degree": SHARDED,
     "context_parallel_size": SHARDED,
     "tensor_parallel_size": SHARDED,
@@ -141,6 +145,8 @@ HARMLESS = words("""
     sdpa_varlen s2_attention image_size image_resize_algorithm role_boundaries
     lora_r lora_alpha lora_dropout lora_target_modules lora_target_linear
     peft_autocast_adapter_dtype
+    gptq_groupsize gptq_model_v1 gptq_disable_exllama adam_eps use_swanlab swanlab_project
+    swanlab_experiment_name swanlab_description swanlab_mode swanlab_log_completions
     jagged_restart_steps jagged_restart_warmup_steps jagged_restart_anneal_steps debug
     """)
 """They cost no memory on the GPU, or nothing that an estimate counts."""

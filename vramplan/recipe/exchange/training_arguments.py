@@ -70,11 +70,12 @@ def read(values: Mapping[str, Any], name: str, folder: str = ".") -> Imported:
 
 
 def made(fields: Mapping[str, Any], name: str) -> Recipe:
-    """The recipe; a combination that the libraries refuse is told with the file's name."""
+    """The recipe; what it refuses is told with the file's name."""
     try:
         return Recipe.from_dict(fields)
-    except IllegalRecipe as error:
-        raise IllegalRecipe(f"{name}: {error}") from error
+    except UserError as error:
+        kind = IllegalRecipe if isinstance(error, IllegalRecipe) else UserError
+        raise kind(f"{name}: {error}") from error
 
 
 def trainer(keys: Keys, *, checkpointing: bool = False, bf16: bool = False) -> dict[str, Any]:

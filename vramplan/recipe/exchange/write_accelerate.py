@@ -1,4 +1,4 @@
-"""accelerate's YAML for a run without DeepSpeed (with it: the launcher's deepspeed_files)."""
+"""accelerate's YAML: how the processes of a run are started."""
 
 from __future__ import annotations
 
@@ -30,7 +30,12 @@ def accelerate(model: str, recipe: Recipe, options: Options, ds_config: str) -> 
             f"  zero3_init_flag: {third}",
         ]
     # A bare NO is false to YAML.
-    lines += [f"distributed_type: {json.dumps(kind)}", "downcast_bf16: 'no'", "machine_rank: 0"]
+    lines += [
+        f"distributed_type: {json.dumps(kind)}",
+        "downcast_bf16: 'no'",
+        "enable_cpu_affinity: false",
+        "machine_rank: 0",
+    ]
     if recipe.deepspeed is None:  # accelerate refuses it beside a deepspeed_config_file
         lines.append(f"mixed_precision: {json.dumps(recipe.mixed_precision)}")
     lines += [
