@@ -56,7 +56,9 @@ def _learn(document: Mapping[str, Any]) -> None:
     if not card or not outside or pretended or document["outcome"] != "ended":
         return
     path = data_folder() / OVERHEADS
-    table = read_json(path, "table of overheads") if path.exists() else {"schema": 1, "cards": []}
+    table: dict[str, Any] = {"schema": 1, "cards": []}
+    if path.exists():
+        table |= read_json(path, "table of overheads")
     recipe = document["recipe"]
     key = {
         "device": card,

@@ -166,10 +166,11 @@ def _add_lora(model: Any, recipe: Recipe) -> Any:
     lora = recipe.lora
     assert lora is not None
     targets = lora.target_modules
+    alpha: Any = lora.alpha or 2 * lora.rank
     config = LoraConfig(
         task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
         r=lora.rank,
-        lora_alpha=lora.alpha or 2 * lora.rank,
+        lora_alpha=alpha,
         lora_dropout=lora.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
     )

@@ -1,4 +1,4 @@
-"""measurement.json: what a run measured, of each rank, beside what was predicted. Needs no torch."""
+"""measurement.json: what a run measured, by rank, beside what was predicted. Needs no torch."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def assemble(
         "ranks": [{k: v for k, v in rank.items() if k not in common} for rank in ranks],
         "training": training,
         "seconds": seconds,
-        "notes": notes_of(job),
+        "notes": notes_of(job) + _company(first),
     }
 
 
@@ -113,6 +113,18 @@ def notes_of(job: Job) -> list[str]:
     if job.emulate is not None:
         notes.append(f"the allocator was capped at a card of {job.emulate} bytes")
     return notes
+
+
+_COMPANY = 2**30
+"""Bytes that others hold on a card from which on it is said: a desktop has less."""
+
+
+def _company(first: Mapping[str, Any]) -> list[str]:
+    """Whether other processes were on the card: then times say little."""
+    said = (first.get("nvml") or {}).get("end") or {}
+    if not said.get("process") or said["device_used"] - said["process"] < _COMPANY:
+        return []
+    return ["other processes were on the card, and may have slowed the steps"]
 
 
 def write_measurement(folder: Path, document: Mapping[str, Any]) -> Path:

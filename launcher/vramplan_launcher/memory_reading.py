@@ -78,9 +78,7 @@ def driver_says(device: int | None) -> dict[str, Any]:
         pynvml.nvmlInit()
         handle = _handle(pynvml, device)
         info = pynvml.nvmlDeviceGetMemoryInfo(handle)
-        used = {
-            p.pid: p.usedGpuMemory for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
-        }
+        used = {p.pid: p.usedGpuMemory for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)}
     except Exception as error:  # no NVML, an old driver, MIG: a run goes on without
         return {"error": f"{type(error).__name__}: {error}"}
     only = next(iter(used.values())) if len(used) == 1 else None

@@ -19,6 +19,9 @@ def check_installed(job: Job) -> None:
         lacking.append("deepspeed")
     if job.data is not None and importlib.util.find_spec("datasets") is None:
         lacking.append("datasets")
+    reporter = job.training.report_to
+    if reporter != "none" and importlib.util.find_spec(reporter) is None:
+        raise UserError(f"report_to {reporter} needs its package: pip install {reporter}")
     if lacking == ["flash_attn"]:
         raise UserError(
             "attention flash_attention_2 needs the package flash-attn, which is not installed: "
@@ -87,16 +90,20 @@ def _holds(process: Path, file: Path) -> bool:
         return False
 
 
-def check_port(job: Job) -> dict[str, str]:
-    """Of one process on the processor: a free port for the process group that accelerate makes.
+def group_of_one(job: Job) -> dict[str, str]:
+    """What a single process needs to be told to make a process group: free port, rank 0 of 1.
 
-    Its default is the same for all (accelerate 1.15, state.py, PartialState), so two runs at a
-    time would collide.
+    DeepSpeed reads them all (0.19.8, comm/comm.py, init_distributed). On the processor accelerate
+    takes the same port for every run (1.15, state.py, PartialState): two at a time would collide.
     """
-    if not job.cpu or job.processes > 1 or "MASTER_PORT" in os.environ:
+    zero = job.recipe.deepspeed is not None and not job.pretend_ranks
+    if job.processes > 1 or "MASTER_PORT" in os.environ or not (job.cpu or zero):
         return {}
     import socket
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        made = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    if zero:
+        made |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    return made

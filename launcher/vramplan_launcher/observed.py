@@ -17,7 +17,9 @@ _LOOKED_AT = 256
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def recipe_of(model: Any, arguments: Any, dataset: Any = None, seq_len: int | None = None) -> Recipe:
+def recipe_of(
+    model: Any, arguments: Any, dataset: Any = None, seq_len: int | None = None
+) -> Recipe:
     """The recipe of a `Trainer`'s run. Raises UserError for what no recipe describes."""
     lora = _lora(model)
     return Recipe(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,12 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from vramplan.errors import UserError
-from vramplan_launcher.command import Launcher, Nodes, command_for, environment_for
+from vramplan_launcher.command import (
+    DEEPSPEED_ENV,
+    Launcher,
+    Nodes,
+    command_for,
+    deepspeed_env_file,
+    environment_for,
+)
 from vramplan_launcher.failures import diagnose
 from vramplan_launcher.files import write_json, write_text
 from vramplan_launcher.job import Job
 from vramplan_launcher.measurement import assemble, reports, write_measurement
-from vramplan_launcher.needs import check_port, free_stale_locks
+from vramplan_launcher.needs import free_stale_locks, group_of_one
 from vramplan_launcher.watch import Watch
 
 LOG = "log.txt"
@@ -142,7 +150,7 @@ def launch(
     folder: Path,
     *,
     prediction: Mapping[str, Any] | None = None,
-    how: Launch = Launch(),  # noqa: B008
+    how: Launch = Launch(),
     hear: Callable[[dict[str, Any]], None] = lambda event: None,
     beside: Mapping[str, Any] | None = None,
 ) -> Outcome:
@@ -160,7 +168,10 @@ def launch(
     environment = environment_for(
         job.recipe, processes=local, cores=os.cpu_count(), given=os.environ
     )
-    environment |= check_port(job)
+    environment |= group_of_one(job)
+    if how.nodes is not None and how.nodes.hostfile is not None:
+        written = write_text(folder / "deepspeed.env", deepspeed_env_file(environment))
+        environment[DEEPSPEED_ENV] = str(written.resolve())
     if job.cpu:
         environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     if job.recipe.deepspeed is not None:
@@ -168,16 +179,19 @@ def launch(
         environment |= _plain_architectures(os.environ)
     _write_command(folder, command, environment)
     began = time.time()
+    log = folder / LOG
+    if how.nodes is not None and how.nodes.rendezvous:  # a log for each machine
+        log = folder / f"log-{socket.gethostname()}.txt"
     watch = Watch(
         command,
         {**os.environ, **environment},
-        folder / LOG,
+        log,
         hear=hear,
         echo=how.echo,
     )
     code = watch.run()
     ranks = reports(folder)
-    failure = _failure(code, ranks, folder, local, watch)
+    failure = _failure(code, ranks, log, local, watch)
     document = assemble(
         job,
         more,
@@ -189,10 +203,11 @@ def launch(
     )
     if watch.interrupted and document["outcome"] in ("ended", "failed"):
         document["outcome"] = "interrupted"
-    dropped = drop_incomplete(folder)
-    if dropped:
-        document["notes"].append(f"deleted what was half-written: {', '.join(dropped)}")
-    write_measurement(folder, document)
+    if 0 in watch.ranks or not watch.ranks:  # of several machines, the one with the first rank
+        dropped = drop_incomplete(folder)
+        if dropped:
+            document["notes"].append(f"deleted what was half-written: {', '.join(dropped)}")
+        write_measurement(folder, document)
     return Outcome(
         outcome=document["outcome"],
         folder=folder,
@@ -219,7 +234,7 @@ def local_processes(job: Job, how: Launch) -> int:
 
 
 def _failure(
-    code: int, ranks: Sequence[Mapping[str, Any]], folder: Path, expected: int, watch: Watch
+    code: int, ranks: Sequence[Mapping[str, Any]], log: Path, expected: int, watch: Watch
 ) -> dict[str, Any] | None:
     """What went wrong, in a sentence; None where nothing did."""
     refused = next((rank for rank in ranks if rank["outcome"] == "refused"), None)
@@ -230,7 +245,6 @@ def _failure(
         return None
     if "out_of_memory" in ends:
         return None  # told with its figures
-    log = folder / LOG
     text = log.read_text(encoding="utf-8", errors="replace")[-_TAIL:] if log.exists() else ""
     found = diagnose(watch.worst(code), text, log_path=log)
     return {
@@ -264,5 +278,3 @@ def _write_command(folder: Path, command: Sequence[str], environment: Mapping[st
     lines = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
     lines.append(shlex.join(command))
     write_text(folder / "command.sh", "#!/bin/sh\n" + "\n".join(lines) + "\n")
-
-

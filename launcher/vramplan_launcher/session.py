@@ -47,13 +47,18 @@ class Session:
         job = self.job
         if self.device is not None:
             if not torch.cuda.is_available():
-                raise UserError("torch finds no GPU: its build or the driver may not suit. Or --cpu")
+                raise UserError(
+                    "torch finds no GPU: its build or the driver may not suit. Or --cpu"
+                )
             torch.cuda.set_device(self.device)
         if job.pretend_ranks:
             pretend(job.pretend_ranks)
         source = self._source()
         tell("stage", rank=self.rank, stage="data")
         data = self._data(source)
+        if self.rank == 0 and self._reads:
+            for note in data.notes:
+                tell("note", text=note)
         arguments = self._training_arguments()
         tell("stage", rank=self.rank, stage="load")
         self.probe.begin()

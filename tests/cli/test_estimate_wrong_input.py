@@ -104,7 +104,6 @@ def test_a_malformed_recipe_file(tmp_path: Path, capsys: Captured) -> None:
         (("--offload-optimizer", "cpu"), "--offload-optimizer without ZeRO"),
         (("--zero", "2", "--offload-param", "cpu"), "offload_param with stage 2"),
         (("--zero", "2", "--offload-optimizer", "disk"), "offload_optimizer 'disk'"),
-        (("--world-size", "2"), "world_size is 2 without deepspeed"),
         (("--zero", "2", "--via", "trace"), "without DeepSpeed"),
     ],
 )

@@ -100,6 +100,10 @@ def test_nothing_fits_is_an_answer() -> None:
         (("--objective", "speed"), "unknown objective"),
         (("--method", "full", "--quantization", "nf4"), "method full and quantization nf4"),
         (("--batch-size", "3"), "batch_size 3 and effective batch 16 contradict"),
+        (
+            ("--batch-size", "2", "--effective-batch", "16", "--gradient-accumulation-steps", "4"),
+            "batch_size 2 x gradient_accumulation_steps 4 and effective batch 16 contradict",
+        ),
         (("--no-lora", "--lora-rank", "8"), "--no-lora and options of LoRA contradict"),
         (("--lora", "--method", "full"), "--lora and --method full contradict"),
         (("--zero", "2", "--offload-param", "cpu"), "ZeRO stage 2 and offload_param cpu"),
@@ -115,6 +119,42 @@ def test_wrong_input(arguments: tuple[str, ...], said: str) -> None:
     assert result.exit_code == 2
     assert said in result.output
     assert "Traceback" not in result.output
+
+
+def test_every_candidate_with_its_verdict() -> None:
+    result = run(MODEL, "--gpu", "12GB", "--method", "full", "--json", "--all")
+    document = json.loads(result.output)
+    rows = document["candidates"]
+    assert len(rows) > 500
+    for row in rows:
+        if row["verdict"] == "too large":
+            assert row["too_much"] > 0
+        elif row["verdict"] == "fits":
+            assert row["seconds"] > 0
+            beater = row["beaten_by"]
+            if beater is not None:
+                assert rows[beater]["verdict"] == "fits"
+                assert rows[beater]["seconds"] <= row["seconds"]
+        else:
+            assert row["verdict"] == "too much host memory" or row["why"]
+    assert any(row.get("beaten_by") is not None for row in rows)
+
+
+def test_another_tools_file(tmp_path: Path) -> None:
+    path = tmp_path / "ax.yaml"
+    path.write_text(
+        "base_model: meta-llama/Llama-3.2-1B\nadapter: qlora\nload_in_4bit: true\nlora_r: 32\n"
+        "lora_target_linear: true\nsequence_len: 1024\nmicro_batch_size: 2\n"
+        "gradient_accumulation_steps: 4\noptimizer: adamw_torch_fused\nbf16: true\n"
+    )
+    result = run("--from", str(path), "--gpu", "24GB", "--json")
+    assert result.exit_code == 0
+    # click 8.1's runner puts what goes to stderr before it
+    document = json.loads(result.stdout[result.stdout.index("{") :])
+    assert document["method"] == "qlora"
+    recipe = document["recipe"]
+    assert (recipe["batch_size"], recipe["gradient_accumulation_steps"]) == (2, 4)
+    assert document["goal"]["effective_batch"] == 8
 
 
 def test_saving(tmp_path: Path) -> None:
@@ -141,6 +181,19 @@ def test_which_gpu() -> None:
     assert "Take " in result.output
     assert "GeForce RTX 4090" in result.output
     assert max(map(len, result.output.splitlines())) <= 80
+
+
+def test_a_run_sees_the_cards_of_its_plan_alone() -> None:
+    from dataclasses import replace
+
+    from vramplan.cli.fit_launch import visible
+    from vramplan.planner.goal import Goal
+    from vramplan.planner.plan import fit
+
+    plan = fit(MODEL, "4xrtx-4090", Goal(pins={"world_size": 2}))
+    here = replace(plan, gpus=replace(plan.gpus, indices=(1, 3, 4, 6)))
+    assert visible(here) == {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "1,3"}
+    assert visible(replace(plan, gpus=replace(plan.gpus, indices=(0, 0)))) == {}
 
 
 def test_launching_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

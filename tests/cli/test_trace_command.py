@@ -53,6 +53,7 @@ def test_without_torch_it_says_what_to_install(
     assert "Traceback" not in said.err
 
 
+@needs_torch
 def test_flash_attention_is_traced_without_its_package(
     model: str, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -121,7 +121,11 @@ class Run:
             except OSError:
                 continue
             mine = any(str(self.folder).encode() in word for word in words)
-            if mine and b"vramplan_launcher.train" in words and b"torch.distributed.run" not in words:
+            if (
+                mine
+                and b"vramplan_launcher.train" in words
+                and b"torch.distributed.run" not in words
+            ):
                 found.append(int(path.parent.name))
         return found
 

@@ -29,11 +29,10 @@ JOB = Path("/runs/my run/job.json")
 
 
 def as_torchrun_reads(command: list[str]) -> Any:
-    from torch.distributed.run import config_from_args, get_args_parser
-
+    run = pytest.importorskip("torch.distributed.run")
     assert command[:3] == [sys.executable, "-m", "torch.distributed.run"]
-    arguments = get_args_parser().parse_args(command[3:])
-    config, program, program_arguments = config_from_args(arguments)
+    arguments = run.get_args_parser().parse_args(command[3:])
+    config, program, program_arguments = run.config_from_args(arguments)
     assert (arguments.module, program_arguments[-1]) == (True, str(JOB))
     assert [program, *program_arguments][-3:] == ["-m", CHILD, str(JOB)]
     return arguments, config
@@ -196,6 +195,7 @@ def test_several_processes_share_the_cores() -> None:
 
 
 def test_torch_warns_of_neither_name() -> None:
+    pytest.importorskip("torch")
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", "import torch; torch.zeros(1)"],
         capture_output=True,

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+pytest.importorskip("torch")
 pytest.importorskip("datasets")
 
+import torch
 from transformers import PreTrainedTokenizerFast
 from vramplan_launcher.data import DataSpec, load_data
 

@@ -15,6 +15,8 @@ from vramplan_launcher.failures import Diagnosis, diagnose
 
 from vramplan import Recipe
 
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
 ROOT = Path(__file__).parents[2]
 
 

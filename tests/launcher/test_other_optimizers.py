@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.util
 
 import pytest
+from vramplan_launcher.job import Job
+from vramplan_launcher.needs import check_installed
+from vramplan_launcher.trace import api
 
 from vramplan.errors import IllegalRecipe, UserError
 from vramplan.recipe.optimizers import INSTALLED_AS, LIBRARIES, OPTIMIZERS
 from vramplan.recipe.recipe import Recipe
-from vramplan_launcher.job import Job
-from vramplan_launcher.needs import check_installed
-from vramplan_launcher.trace import api
 
 
 def test_every_package_has_the_name_it_is_installed_by() -> None:

@@ -42,7 +42,8 @@ def test_what_is_needed_is_what_the_facade_says(model: str, card: str) -> None:
     gpus = parse_gpu(card)
     evaluator = Evaluator(arch, gpus)
     goal = Goal(effective_batch=4, allow_8bit_optim=True)
-    for draft in Space(arch, gpus.gpu, gpus.count, goal, whole=False).drafts():
+    drafts = list(Space(arch, gpus.gpu, gpus.count, goal, whole=False).drafts())
+    for draft in drafts[::3]:
         mine = evaluator.needed(draft.recipe)
         said = estimate(arch, draft.recipe, gpus)
         assert (mine.required, mine.managed, mine.fits) == (said.required, said.managed, said.fits)
@@ -117,7 +118,8 @@ def test_paged_states_without_room_cost_time(llama_1b: Architecture) -> None:
     assert small
     for recipe, candidate in small.items():
         assert candidate.paged_out > 0
-        assert candidate.offloads
+        assert not candidate.stays
+        assert not candidate.offloads
         assert candidate.footprint == candidate.available
         assert large[recipe].paged_out == 0
         assert (candidate.seconds or 0) > (large[recipe].seconds or 0)

@@ -43,7 +43,7 @@ def test_the_default_space_has_thousands_and_no_two_alike(llama_8b: Architecture
 def test_every_draft_is_accepted_by_the_facade(model: str) -> None:
     _, arch, _ = resolve(model)
     found = drafts(arch, Goal(effective_batch=2), "2xa100-80gb")
-    for draft in found[::7]:
+    for draft in found[::37]:
         estimate(arch, draft.recipe)  # raises what the libraries would refuse
 
 

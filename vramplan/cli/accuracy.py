@@ -14,8 +14,9 @@ def command(as_json: bool) -> None:
     else. What they had outside the allocator is used in estimates for the same card; nothing else
     of an estimate is fitted to them.
     """
-    from vramplan.reports.archive import render, summarise
     from vramplan_launcher import archive
+
+    from vramplan.reports.archive import render, summarise
 
     summary = summarise(archive.runs())
     if as_json:

@@ -15,8 +15,9 @@ def command(runs: tuple[str, ...], as_json: bool) -> None:
 
     Of a run that Slurm started, the ranks' figures are put together first.
     """
-    from vramplan.reports.run import compare, render
     from vramplan_launcher.measurement import measurement_of
+
+    from vramplan.reports.run import compare, render
 
     found = [compare(measurement_of(Path(run))) for run in runs]
     if as_json:

@@ -20,12 +20,19 @@ if TYPE_CHECKING:
     *GOAL_OPTIONS,
     click.option("--which-gpu", is_flag=True, help="The cheapest card of the catalogue instead."),
     *LAUNCH_OPTIONS,
+    click.option("--all", "everything", is_flag=True, help="Of --json: every candidate too."),
     click.option("--save", "path", metavar="FILE", help="Write the plan as JSON."),
     cards="what is in this machine",
     importing=True,
 )
 def command(
-    ctx: click.Context, asked: Asked, *, which_gpu: bool, path: str | None, **goal: Any
+    ctx: click.Context,
+    asked: Asked,
+    *,
+    which_gpu: bool,
+    everything: bool,
+    path: str | None,
+    **goal: Any,
 ) -> None:
     """Find the cheapest way to fine-tune MODEL that fits, of all that are legal.
 
@@ -48,7 +55,7 @@ def command(
     plan = _planned(asked, wanted, options["emulate_gpu"])
     if path is not None and plan.pick is not None:
         plan.save(path)
-    click.echo(_json(plan) if asked.as_json else _text(plan))
+    click.echo(_json(plan, everything) if asked.as_json else _text(plan))
     if plan.pick is not None and goal["launch"]:
         ctx.exit(launched(plan, asked.model, asked.card, options))
     ctx.exit(1 if plan.pick is None else 0)
@@ -78,10 +85,13 @@ def _planned(asked: Asked, goal: Goal, emulated: str | None = None) -> Plan:
     return replace(plan, id=located.id, source=asked.model, notes=(*notes, *plan.notes))
 
 
-def _json(plan: Plan) -> str:
+def _json(plan: Plan, everything: bool) -> str:
     import json
 
-    return json.dumps(plan.to_dict(), indent=2)
+    document = plan.to_dict()
+    if everything:
+        document["candidates"] = plan.table()
+    return json.dumps(document, indent=2)
 
 
 def _text(plan: Plan) -> str:
@@ -100,9 +110,12 @@ def _text(plan: Plan) -> str:
 
 def _which(asked: Asked, goal: Goal) -> int:
     from vramplan.cli.terminal import look
+    from vramplan.cli.trace import working
     from vramplan.planner.which import which_gpu
 
-    offers = which_gpu(asked.located().config if asked.offline else asked.model, goal, asked.card)
+    model = asked.located().config if asked.offline else asked.model
+    with working("Planning on every card ..."):
+        offers = which_gpu(model, goal, asked.card)
     if asked.as_json:
         import json
 

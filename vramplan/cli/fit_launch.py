@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,7 +90,7 @@ def launched(plan: Plan, model: str, card: str | None, options: dict[str, Any]) 
     for name in ("cpu", "emulate_gpu", "pretend_ranks"):
         given.pop(name)
     way = replace(
-        way_of(given, as_json=False),
+        way_of(given),
         output=_free(options["output"], job, plan.id),
         fallbacks=tuple(candidate.recipe for candidate in plan.fallbacks),
     )
@@ -97,11 +98,23 @@ def launched(plan: Plan, model: str, card: str | None, options: dict[str, Any]) 
     gpus, here, reason = cards_for(job.gpu, cpu=job.cpu)
     if plan.gpus.indices:  # of this machine: what was planned for, free memory and all
         gpus = plan.gpus
+        os.environ.update(visible(plan))
+    new = not way.output.exists()
     try:
         return start(job, gpus, here, reason, way)
     finally:  # the folder is made when the run is started, and kept however it ends
-        if way.output.is_dir() and not (way.output / PLAN).exists():
+        if new and way.output.is_dir():
             plan.save(way.output / PLAN)
+
+
+def visible(plan: Plan) -> dict[str, str]:
+    """What shows a run the cards that its plan uses, and no others."""
+    assert plan.pick is not None
+    chosen = plan.gpus.indices[: plan.pick.cards]
+    if len(set(chosen)) < len(chosen):
+        return {}  # instances of one card (MIG) have no numbers of their own
+    numbers = ",".join(map(str, chosen))
+    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": numbers}
 
 
 def _free(output: str | None, job: Job, model: str) -> Path:

@@ -30,6 +30,7 @@ GOAL_OPTIONS: tuple[Callable[[Any], Any], ...] = (
 )
 _NONE = ("none", "no")
 _COUNTS = ("batch_size", "gradient_accumulation_steps", "world_size", "optim_rank")
+_BATCH = ("batch_size", "gradient_accumulation_steps", "world_size")
 _ADAPTED = ("lora", "int8", "qlora")
 
 
@@ -57,8 +58,21 @@ def goal_of(asked: Asked, given: dict[str, Any]) -> Goal:
         values["objective"] = given["objective"]
     if given["host_memory"] is not None:
         values["host_memory"] = parse_size(given["host_memory"], thing="host memory")
+    of_file = {name: pins.get(name, 1) for name in _BATCH}
     pins |= _pins(chosen)
+    if "effective_batch" not in values:
+        values |= _batch_of(of_file, pins)
     return Goal(**values, pins=pins, allow_8bit_optim=given["allow_8bit_optim"])
+
+
+def _batch_of(of_file: dict[str, int], pins: dict[str, Any]) -> dict[str, int]:
+    """The effective batch that a file means, or that the options leave no choice about."""
+    if set(of_file.values()) == {1} and not {*_BATCH[:2]} <= set(pins):
+        return {}
+    product = 1
+    for name in _BATCH:
+        product *= pins.get(name, 1)
+    return {"effective_batch": product}
 
 
 def _pins_of(asked: Asked) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from vramplan.cli.asked import Asked, command_about_a_run
 from vramplan.cli.launch_options import DATA, HOW, MACHINES, TRAINING
 
 if TYPE_CHECKING:
-    from vramplan.recipe.recipe import Recipe
     from vramplan_launcher.job import Job
+
+    from vramplan.recipe.recipe import Recipe
 
 
 @command_about_a_run(
@@ -34,19 +35,41 @@ def command(ctx: click.Context, asked: Asked, **given: Any) -> None:
     Exit code: 0 it ended, 1 it does not fit and was not started, 2 the input is wrong, 3 out of
     memory, 4 it failed, 130 interrupted.
     """
+    from dataclasses import replace
+
     from vramplan.cli.launch_options import way_of
     from vramplan.cli.launching import cards_for, start
 
     job = job_of(asked, given)
-    way = way_of(given, as_json=asked.as_json)
+    way = way_of(given, as_json=asked.as_json, again=again(asked, "launch"))
+    way = replace(way, fallbacks=planned(Path(asked.model)))
     gpus, here, reason = cards_for(job.gpu, cpu=job.cpu)
     ctx.exit(start(job, gpus, here, reason, way))
 
 
+def again(asked: Asked, command: str) -> tuple[str, ...]:
+    """The command line without a recipe."""
+    card = ("--gpu", asked.card) if asked.card is not None else ()
+    return ("vramplan", command, asked.model, *card)
+
+
+def planned(path: Path) -> tuple[Recipe, ...]:
+    """The smaller plans that a plan.json names, the next one first."""
+    if path.suffix != ".json" or not path.is_file():
+        return ()
+    from vramplan_launcher.files import read_json
+
+    from vramplan.recipe.recipe import Recipe
+
+    named = read_json(path, "plan").get("fallbacks") or ()
+    return tuple(Recipe.from_dict(each["recipe"]) for each in named)
+
+
 def job_of(asked: Asked, given: dict[str, Any]) -> Job:
     """The job that was asked for; takes its options out of `given`."""
-    from vramplan.errors import UserError
     from vramplan_launcher.job import Job
+
+    from vramplan.errors import UserError
 
     emulate, pretend = given.pop("emulate_gpu"), given.pop("pretend_ranks")
     cpu, random, resume = given.pop("cpu"), given.pop("random_weights"), given.pop("resume")
@@ -134,9 +157,10 @@ def held_job(asked: Asked) -> tuple[Job, Path] | None:
         path = path / "job.json"
     if path.suffix != ".json" or not path.is_file():
         return None
-    from vramplan.errors import UserError
     from vramplan_launcher.files import read_json
     from vramplan_launcher.job import Job, read_job
+
+    from vramplan.errors import UserError
 
     document = read_json(path, "plan")
     if "recipe" not in document:
@@ -149,6 +173,7 @@ def held_job(asked: Asked) -> tuple[Job, Path] | None:
         return read_job(path)[0], path.parent
     model, gpu = document.get("model"), document.get("gpu")
     name = (model.get("source") or model.get("id")) if isinstance(model, dict) else model
+    name = str(name or "")
     card = (gpu.get("id") or gpu.get("name")) if isinstance(gpu, dict) else gpu
     here = isinstance(gpu, dict) and gpu.get("indices")
     return Job(model=name, recipe=document["recipe"], gpu=None if here else card), path.parent

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from vramplan.cli.launching import Way
     from vramplan_launcher.job import Training
 
-_N = {"metavar": "N", "type": int}
+    from vramplan.cli.launching import Way
+
+_N: dict[str, Any] = {"metavar": "N", "type": int}
 
 DATA = (
     click.option(
@@ -76,8 +77,9 @@ def names_of(options: tuple[Any, ...]) -> tuple[str, ...]:
 
 def data_of(given: dict[str, Any]) -> dict[str, Any] | None:
     """DataSpec's fields; None for random tokens. Raises UserError for options without --data."""
-    from vramplan.errors import UserError
     from vramplan_launcher.data import DataSpec
+
+    from vramplan.errors import UserError
 
     names = names_of(DATA)
     mine = {n: given.pop(n) for n in names}
@@ -120,7 +122,7 @@ def training_of(given: dict[str, Any], base: Training | None = None) -> Training
     return replace(base or Training(), **known)
 
 
-def way_of(given: dict[str, Any], *, as_json: bool) -> Way:
+def way_of(given: dict[str, Any], *, as_json: bool = False, again: tuple[str, ...] = ()) -> Way:
     """How the run is started."""
     from vramplan.cli.launching import Way
 
@@ -145,4 +147,5 @@ def way_of(given: dict[str, Any], *, as_json: bool) -> Way:
         verbose=given.pop("verbose"),
         archive=not given.pop("no_archive"),
         as_json=as_json,
+        again=again,
     )

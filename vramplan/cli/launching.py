@@ -6,7 +6,6 @@ Everything here reaches for the launcher, and is imported by commands alone.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from vramplan_launcher.job import Job
+    from vramplan_launcher.run import Launch, Outcome
+
     from vramplan.hardware.gpu import Gpus
     from vramplan.memory.estimate import Estimate
     from vramplan.recipe.recipe import Recipe
-    from vramplan_launcher.job import Job
-    from vramplan_launcher.run import Launch, Outcome
 
 RUNS = Path("runs")
 """Where run folders are made, in the folder where one stands."""
@@ -36,13 +36,16 @@ class Way:
     fallback: int = 0
     """After a run out of memory, so many smaller plans are tried."""
     allow_8bit: bool = False
-    launcher: str = "auto"
+    launcher: Any = "auto"
+    """auto, python, torchrun or deepspeed."""
     nodes: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `Nodes`; empty is this machine alone."""
     slurm: bool = False
     verbose: bool = False
     archive: bool = True
     as_json: bool = False
+    again: tuple[str, ...] = ("vramplan", "launch")
+    """The command line without a recipe, for what is offered in place of what does not fit."""
     fallbacks: Sequence[Recipe] = ()
     """Smaller plans of a planner's; without any, `smaller` finds some."""
 
@@ -99,10 +102,11 @@ def start(job: Job, gpus: Gpus | None, here: int, reason: str, way: Way) -> int:
 
 
 def _once(job: Job, needed: Estimate | None, way: Way) -> Outcome:
-    from vramplan.cli.progress import Screen
-    from vramplan.reports.run import compare, render
     from vramplan_launcher import archive
     from vramplan_launcher.run import launch
+
+    from vramplan.cli.progress import Screen
+    from vramplan.reports.run import compare, render
 
     said = None if needed is None else _predicted(job, needed)
     folder = _folder(job, needed, way)
@@ -196,12 +200,8 @@ def _refused(needed: Estimate, way: Way) -> int:
         click.echo(shown_json(needed))
     else:
         mix = combine(needed)
-        again = tuple(w for w in sys.argv[1:3] if not w.startswith("-"))
-        click.echo(
-            shown_text(
-                needed, "", changes=advise(needed), combination=mix, again=("vramplan", *again)
-            )
-        )
+        changes = advise(needed)
+        click.echo(shown_text(needed, "", changes=changes, combination=mix, again=way.again))
     click.echo("It was not started: it does not fit. --anyway starts it all the same.", err=True)
     return 1
 
@@ -210,8 +210,9 @@ def _smaller(needed: Estimate | None, way: Way, tried: int) -> list[Estimate]:
     """The plans that come next, the first of them first."""
     if needed is None:
         return []
-    from vramplan.memory.estimate import estimate
     from vramplan_launcher.smaller import smaller
+
+    from vramplan.memory.estimate import estimate
 
     if way.fallbacks:
         rest = way.fallbacks[tried : tried + 1]

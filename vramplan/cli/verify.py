@@ -10,7 +10,6 @@ from vramplan.cli.asked import Asked, command_about_a_run
 from vramplan.cli.launch_options import HOW
 
 
-
 @command_about_a_run(
     "verify",
     click.option("--steps", metavar="N", type=int, help="Optimizer steps. [8]"),
@@ -27,10 +26,11 @@ def command(
 
     Nothing is saved but the figures. Exit codes: as of `vramplan launch`.
     """
-    from vramplan.cli.launch import ranked, size_of
+    from vramplan_launcher.job import Job, Training
+
+    from vramplan.cli.launch import again, ranked, size_of
     from vramplan.cli.launch_options import way_of
     from vramplan.cli.launching import cards_for, start
-    from vramplan_launcher.job import Job, Training
 
     emulate, pretend = given.pop("emulate_gpu"), given.pop("pretend_ranks")
     job = Job(
@@ -45,6 +45,6 @@ def command(
         cpu=given.pop("cpu"),
         trust_remote_code=asked.trust_remote_code,
     )
-    way = way_of(given, as_json=asked.as_json)
+    way = way_of(given, as_json=asked.as_json, again=again(asked, "verify"))
     gpus, here, reason = cards_for(job.gpu, cpu=job.cpu)
     ctx.exit(start(job, gpus, here, reason, way))

@@ -79,4 +79,5 @@ class Gpus:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: the card's fields, then the rest."""
         mine = {key: value for key, value in asdict(self).items() if key != "gpu"}
+        mine |= {"others": list(mine["others"]), "indices": list(mine["indices"])}
         return {**asdict(self.gpu), "capacity": self.gpu.capacity, **mine}

@@ -7,6 +7,7 @@ copy_grads_in_partition, reduce_gradients, independent_gradient_partition_epilog
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from vramplan.memory.optimizer_states import FP32
@@ -77,6 +78,9 @@ class _Arrivals:
         self.layers = part.arch.layers
         self.owned = part.owned()
         self.all = part.each(part.trained)
+        inner = [(w, n) for w, n in self.owned if w.layer >= 0]
+        self.left = self._from(w for w, n in inner if not n and self._is_oversized(w))
+        self.moved = self._from(w for w, n in inner if n or not self._is_oversized(w))
         self.norms = self._norms() if part.offload else (0, 0, 0)
         one = part.up(self.bucket * part.width)
         self.buckets = one * (2 if part.zero.overlap_comm else 1) if self.contiguous else 0
@@ -134,13 +138,7 @@ class _Arrivals:
 
     def left_over(self, layer: int) -> int:
         """Stage 1 clears other ranks' gradients at the end of all; small ones are in a bucket."""
-        if self.part.zero.stage == 2:
-            return 0
-        return sum(
-            self.part.up(w.nbytes)
-            for w, n in self.owned
-            if not n and w.layer >= layer and self._is_oversized(w)
-        )
+        return 0 if self.part.zero.stage == 2 else self.left[layer]
 
     def _waiting(self, layer: int) -> int:
         """An oversized gradient that comes last of a layer waits for the next, or for the end."""
@@ -215,8 +213,13 @@ class _Arrivals:
         return owned - self._moved(max(layer, 0))
 
     def _moved(self, layer: int) -> int:
-        return sum(
-            self.part.up(w.nbytes)
-            for w, n in self.owned
-            if w.layer >= layer and (n or not self._is_oversized(w))
-        )
+        return self.moved[layer]
+
+    def _from(self, found: Iterable[Weight]) -> list[int]:
+        """Bytes of these weights from each layer on; the last entry is for behind the head."""
+        out = [0] * (self.layers + 2)
+        for w in found:
+            out[max(w.layer, 0)] += self.part.up(w.nbytes)
+        for layer in reversed(range(self.layers + 1)):
+            out[layer] += out[layer + 1]
+        return out

@@ -12,6 +12,7 @@ from vramplan.memory.optimizer_states import FP32
 from vramplan.memory.ranks import Weight, partition, sub_groups
 from vramplan.memory.zero_extras import extras_of
 from vramplan.memory.zero_part import NORM, Part, Run, Sharded
+from vramplan.recipe.deepspeed import SYS_MAXSIZE
 
 NORM_PIECE = 250_000_000  # _constant_buffered_norm2: elements at a time
 
@@ -73,9 +74,14 @@ def _persistent(part: Part) -> int:
     """Weights that stay whole; one rank has all of them whole anyway, where they are on its GPU."""
     if part.ranks == 1 and not part.zero.offload_param:
         return 0
-    limit = part.zero.stage3_model_persistence_threshold // part.ranks
-    always = always_whole(part.list, part.sizes["persistence_threshold"], limit)
+    always = always_whole(part.list, part.sizes["persistence_threshold"], _kept(part))
     return part.each(w for i, w in enumerate(part.list) if i in always and not w.packed)
+
+
+def _kept(part: Part) -> int:
+    """How many elements may stay whole: Init._update_persist_config divides by the ranks."""
+    limit = part.zero.stage3_model_persistence_threshold
+    return limit if limit == SYS_MAXSIZE else limit // part.ranks
 
 
 def _step(part: Part, owned: int, largest: int) -> int:
@@ -139,7 +145,7 @@ def _gathering(part: Part) -> Gathered:
         part.allocator,
         sizes["persistence_threshold"],
         limits,
-        zero.stage3_model_persistence_threshold // part.ranks,
+        _kept(part),
         not zero.memory_efficient_linear,
     )
 

@@ -65,16 +65,19 @@ class Candidate:
 
     @property
     def offloads(self) -> bool:
-        """Whether it keeps part of its state in host memory."""
+        """Whether it keeps states or weights in host memory by DeepSpeed."""
         zero = self.recipe.deepspeed
-        return self.paged_out > 0 or (
-            zero is not None and bool(zero.offload_optimizer or zero.offload_param)
-        )
+        return zero is not None and bool(zero.offload_optimizer or zero.offload_param)
+
+    @property
+    def stays(self) -> bool:
+        """Whether all that it trains with is on the cards."""
+        return not self.offloads and not self.paged_out
 
     @property
     def reaches(self) -> int:
         """Bytes of host memory that it trains with; 0 where all stays on the cards."""
-        return self.host if self.offloads else 0
+        return 0 if self.stays else self.host
 
     @property
     def card_seconds(self) -> float | None:

@@ -19,6 +19,11 @@ def explain_emptiness(space: Space, late: Sequence[Refusal] = ()) -> UserError:
     if late:
         return IllegalRecipe(f"what is decided leaves no legal recipe: {late[0].reason}")
     goal = space.goal
+    if not space.deals():
+        said = [f"{name} {goal.pins[name]}" for name in _BATCH if name in goal.pins]
+        cards = f"{space.count} card{'s' if space.count > 1 else ''}"
+        why = f"on up to {cards} no accumulation makes it"
+        raise contradiction(" x ".join(said), f"effective batch {goal.effective_batch}", why)
     decisions = _decisions(goal)
     for one in decisions:
         found = _empty(space, (one,))
@@ -30,6 +35,9 @@ def explain_emptiness(space: Space, late: Sequence[Refusal] = ()) -> UserError:
             return contradiction(_said(pair[0]), _said(pair[1]), found.rstrip("."))
     reason = space.refused[-1].reason if space.refused else "no card count divides the batch"
     return IllegalRecipe(f"what is decided leaves no legal recipe: {reason}")
+
+
+_BATCH = ("batch_size", "gradient_accumulation_steps", "world_size")
 
 
 def _decisions(goal: Goal) -> list[tuple[str, Any]]:

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from vramplan.errors import UserError
 from vramplan.hardware.gpu import Gpu, GpuProcess, Gpus
+from vramplan.memory.advice import recipe_flags
 from vramplan.planner.candidates import Candidate
 from vramplan.planner.goal import Goal
+from vramplan.planner.rank import dominator, front
 
 if TYPE_CHECKING:
     from vramplan.planner.plan import Plan
@@ -63,6 +65,32 @@ def document_of(plan: Plan) -> dict[str, Any]:
         }
         document["cost"] = {"tokens": plan.goal.tokens, **asdict(plan.cost_of(plan.pick))}
     return document
+
+
+def table_of(plan: Plan) -> list[dict[str, Any]]:
+    """Rows for JSON: `number` is a candidate's place, `beaten_by` another's."""
+    place = {id(c): number for number, c in enumerate(plan.candidates)}
+    fronts = {
+        method: front((c for c in plan.candidates if c.method == method), plan.goal)
+        for method in plan.best
+    }
+    rows = []
+    for number, c in enumerate(plan.candidates):
+        beater = dominator(c, fronts[c.method], plan.goal) if c.fits else None
+        row: dict[str, Any] = {
+            "number": number,
+            "method": c.method,
+            "verdict": c.verdict,
+            "flags": list(recipe_flags(c.recipe)),
+        }
+        if c.why:
+            row["why"] = c.why
+        if c.required is not None:
+            row |= {"required": c.required, "too_much": c.too_much, "at_least": c.at_least}
+        if c.fits:
+            row |= {"seconds": c.seconds, "beaten_by": place.get(id(beater))}
+        rows.append(row)
+    return rows
 
 
 def _source(plan: Plan) -> Any:

@@ -18,7 +18,15 @@ from vramplan.planner.cards import Cards, groups_of
 from vramplan.planner.clock import cost_of, paged, seconds_of
 from vramplan.planner.contradictions import explain_emptiness
 from vramplan.planner.goal import HOST_A_CARD, METHODS, Goal
-from vramplan.planner.rank import best_of, best_of_methods, front, key, picked, ranked
+from vramplan.planner.rank import (
+    best_of,
+    best_of_methods,
+    dominator,
+    front,
+    key,
+    picked,
+    ranked,
+)
 from vramplan.planner.search import Evaluator, Memory, nearest_misses, search
 from vramplan.planner.space import Space
 from vramplan.recipe.recipe import Recipe
@@ -133,6 +141,17 @@ class Plan:
         step = self.step_of(candidate)
         return cost_of(step, goal.tokens, self.gpus, candidate.cards, goal.price)
 
+    def dominator(self, candidate: Candidate) -> Candidate | None:
+        """The plan of its method that needs no more memory, costs no more and takes no longer."""
+        mine = (c for c in self.candidates if c.method == candidate.method)
+        return dominator(candidate, front(mine, self.goal), self.goal)
+
+    def table(self) -> list[dict[str, Any]]:
+        """Every candidate with its verdict: too much by how many bytes, beaten by whom."""
+        from vramplan.planner.files import table_of
+
+        return table_of(self)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as plan.json holds it; `candidates` by their number only."""
         from vramplan.planner.files import document_of
@@ -225,7 +244,8 @@ def _order(plan: Plan, goal: Goal) -> tuple[Any, ...]:
     """Plans for unlike cards: the method first, then what the goal asks for."""
     if plan.pick is None:
         return (len(METHODS) * 2,)
-    behind = len(METHODS) if plan.pick.offloads else 0
+    staying = any(c.stays for c in plan.of_the_method)
+    behind = 0 if staying else len(METHODS)
     return (METHODS.index(plan.pick.method) + behind, *key(plan.pick, goal))
 
 

@@ -2,8 +2,9 @@
 
 Methods differ in what is learned, so cost never decides between them. They are taken in the order
 of goal.METHODS: first the ones that have a plan that stays on the cards; then those that reach for
-host memory. Within a method, too, what stays on the cards comes first; then cost decides (or time,
-if the goal says so), then memory.
+host memory. Within a method, too, nothing is offloaded where a plan stays on the cards; then cost
+decides (or time, if the goal says so), then memory. Paged states that have no room on the card are
+no offloading: what their paging takes is in the cost.
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ def ranked(candidates: Iterable[Candidate], goal: Goal) -> list[Candidate]:
 
 
 def best_of(candidates: Iterable[Candidate], goal: Goal) -> Candidate | None:
-    """The best plan of one method: of those that stay on the cards, if there are any, the
-    cheapest; of equal ones the quickest, and of these the one with least memory."""
+    """The best plan of one method: the cheapest; of equal ones the quickest, and of these the one
+    with least memory. Where one stays on the cards, none that offloads is."""
     fitting = ranked(candidates, goal)
     if not fitting:
         return None
-    stay = [c for c in fitting if not c.offloads] or fitting
+    stay = [c for c in fitting if not c.offloads] if any(c.stays for c in fitting) else fitting
     cheap = _nearly_least(stay, [objective(c, goal) for c in stay])
     quick = _nearly_least(cheap, [c.seconds or 0.0 for c in cheap])
     small = _nearly_least(quick, [c.footprint for c in quick])
@@ -66,7 +67,7 @@ def best_of_methods(candidates: Iterable[Candidate], goal: Goal) -> dict[str, Ca
 def picked(candidates: Iterable[Candidate], goal: Goal) -> Candidate | None:
     """The plan to take; None where nothing fits."""
     fitting = [c for c in candidates if c.fits]
-    staying = {c.method for c in fitting if not c.offloads}
+    staying = {c.method for c in fitting if c.stays}
     best = best_of_methods(fitting, goal)
     for method, candidate in best.items():
         if method in staying:

@@ -137,6 +137,10 @@ class Space:
             return given
         return replace(default_lora(self.arch), **(given or {}))
 
+    def deals(self) -> bool:
+        """Whether the effective batch can be dealt out at all."""
+        return any(self._batches(world) for world in self._worlds())
+
     def _worlds(self) -> list[int]:
         """Numbers of cards that the effective batch can be dealt to."""
         pins = self.goal.pins

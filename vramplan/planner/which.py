@@ -67,7 +67,7 @@ def which_gpu(model: Model, goal: Goal = Goal(), cards: Cards = None) -> list[Of
                 continue
             cost = plan.cost_of(plan.pick)
             found.append(Offer(gpus=plan.gpus, pick=plan.pick, cost=cost, plan=plan))
-            if not plan.pick.offloads and plan.pick.method == goal.considered[0]:
+            if plan.pick.stays and plan.pick.method == goal.considered[0]:
                 break
     return sorted(found, key=order)
 
@@ -76,7 +76,7 @@ def order(offer: Offer) -> tuple[Any, ...]:
     """Quality, then what it costs."""
     price = offer.cost.dollars
     method = METHODS.index(offer.pick.method)
-    return (offer.pick.offloads, method, price is None, price or offer.cost.gpu_hours)
+    return (not offer.pick.stays, method, price is None, price or offer.cost.gpu_hours)
 
 
 def cheapest_by_method(offers: list[Offer]) -> dict[str, Offer]:

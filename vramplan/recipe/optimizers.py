@@ -228,7 +228,16 @@ def _apollo(name: str, **facts: Any) -> Optimizer:
     return _elsewhere(name, "adamw", "apollo_torch", "APOLLOAdamW", low_rank="random", **facts)
 
 
-_LAYERWISE: Any = {"stepping": "in_backward"}
+def _lomo(name: str, class_name: str, **facts: Any) -> Optimizer:
+    return _elsewhere(name, name, "lomo_optim", class_name, **facts, **_IN_BACKWARD)
+
+
+def _schedule_free(name: str, class_name: str, states: int) -> Optimizer:
+    return _elsewhere(name, name, "schedulefree", class_name, states=states, stepping="foreach")
+
+
+_IN_BACKWARD: Any = {"stepping": "in_backward"}
+_FACTORED: Any = {"states": 1, "bits": 32, "factored": True}
 
 _ELSEWHERE = (
     # torchao 0.18, optim/adam.py. A step of each parameter is compiled (torch.compile).
@@ -237,40 +246,24 @@ _ELSEWHERE = (
     # galore-torch 1.0. Its 8-bit AdamW is bitsandbytes' Optimizer2State.
     _galore("galore_adamw", "adamw", "GaLoreAdamW"),
     _galore("galore_adamw_8bit", "adamw", "GaLoreAdamW8bit", bits=8),
-    _galore("galore_adafactor", "adafactor", "GaLoreAdafactor", states=1, bits=32, factored=True),
-    _galore("galore_adamw_layerwise", "adamw", "GaLoreAdamW", **_LAYERWISE),
-    _galore("galore_adamw_8bit_layerwise", "adamw", "GaLoreAdamW8bit", bits=8, **_LAYERWISE),
+    _galore("galore_adafactor", "adafactor", "GaLoreAdafactor", **_FACTORED),
+    _galore("galore_adamw_layerwise", "adamw", "GaLoreAdamW", **_IN_BACKWARD),
+    _galore("galore_adamw_8bit_layerwise", "adamw", "GaLoreAdamW8bit", bits=8, **_IN_BACKWARD),
     # apollo-torch 1.0.3, apollo.py
     _apollo("apollo_adamw"),
-    _apollo("apollo_adamw_layerwise", **_LAYERWISE),
+    _apollo("apollo_adamw_layerwise", **_IN_BACKWARD),
     # lomo-optim 0.1.1, lomo.py and adalomo.py: accelerate's backward is theirs (lomo_backward).
-    _elsewhere("lomo", "lomo", "lomo_optim", "Lomo", states=0, **_LAYERWISE),
-    _elsewhere(
-        *("adalomo", "adalomo", "lomo_optim", "AdaLomo"),
-        **{
-            "states": 1,
-            "bits": 32,
-            "factored": True,
-            "state_at_init": True,
-            "states_of_frozen": True,
-            **_LAYERWISE,
-        },
-    ),
+    _lomo("lomo", "Lomo", states=0),
+    _lomo("adalomo", "AdaLomo", state_at_init=True, states_of_frozen=True, **_FACTORED),
     # grokadamw 0.1.2, grokadamw.py: two moments and an average of gradients.
     _elsewhere("grokadamw", "grokadamw", "grokadamw", "GrokAdamW", states=3, on_host=True),
     # schedulefree 1.4.1: z, a copy of the weights, and but for SGD the second moment.
-    *(
-        _elsewhere(
-            *(f"schedule_free_{kind}", f"schedule_free_{kind}", "schedulefree"),
-            *(f"{title}ScheduleFree",),
-            **{"states": states, "stepping": "foreach"},
-        )
-        for kind, title, states in (("radam", "RAdam", 2), ("adamw", "AdamW", 2), ("sgd", "SGD", 1))
-    ),
+    _schedule_free("schedule_free_radam", "RAdamScheduleFree", 2),
+    _schedule_free("schedule_free_adamw", "AdamWScheduleFree", 2),
+    _schedule_free("schedule_free_sgd", "SGDScheduleFree", 1),
     # torch-optimi 0.3.3, stableadamw.py; Triton kernels, which come with torch for CUDA.
     _elsewhere(
-        *("stable_adamw", "stable_adamw", "optimi", "StableAdamW"),
-        **{"compensated": True, "stepping": "fused"},
+        "stable_adamw", "stable_adamw", "optimi", "StableAdamW", compensated=True, stepping="fused"
     ),
 )
 

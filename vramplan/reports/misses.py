@@ -10,7 +10,8 @@ from vramplan.memory.advice import combine, recipe_flags
 from vramplan.planner.candidates import HOST
 from vramplan.planner.explain import larger_card, more_cards, smallest_card, zero_said
 from vramplan.planner.goal import METHOD_NAMES
-from vramplan.reports.plan import considered_said, host_said, notes_of, step_said
+from vramplan.reports.plan import step_said
+from vramplan.reports.plan_words import considered_said, host_said, notes_of
 from vramplan.reports.text import Look, wrap
 from vramplan.units import format_bytes
 
@@ -68,7 +69,7 @@ def settings_said(candidate: Candidate) -> str:
     said.append("checkpointing" if recipe.gradient_checkpointing else "no checkpointing")
     if recipe.deepspeed is not None or recipe.world_size > 1:
         said.append(zero_said(recipe))
-    if candidate.offloads and candidate.host:
+    if not candidate.stays and candidate.host:
         said.append(f"{format_bytes(candidate.host)} of host memory")
     return ", ".join(said)
 

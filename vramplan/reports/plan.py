@@ -7,8 +7,21 @@ from typing import TYPE_CHECKING
 
 from vramplan.planner.explain import Step, differences, zero_said
 from vramplan.planner.goal import METHOD_NAMES, METHODS
-from vramplan.planner.rank import ORDER_SAID
-from vramplan.recipe.recipe import LoRA
+from vramplan.planner.rank import NEAR, ORDER_SAID
+from vramplan.reports.plan_words import (
+    batch_said,
+    cards_said,
+    considered_said,
+    count_said,
+    dollars_said,
+    host_said,
+    hours_said,
+    needs_said,
+    notes_of,
+    pace_said,
+    relative_cost,
+    title,
+)
 from vramplan.reports.text import Look, wrap
 from vramplan.units import format_bytes
 
@@ -54,14 +67,6 @@ def _answer(plan: Plan, look: Look) -> Iterator[str]:
     )
 
 
-def cards_said(plan: Plan, candidate: Candidate) -> str:
-    """The cards that a candidate uses."""
-    name, used = plan.gpus.gpu.name, candidate.cards
-    if plan.gpus.count == 1:
-        return name
-    return f"{used} of {plan.gpus.count} x {name}" if used < plan.gpus.count else f"{used} x {name}"
-
-
 def _recipe(plan: Plan, look: Look) -> Iterator[str]:
     recipe = plan.recipe
     assert recipe is not None
@@ -91,15 +96,6 @@ def _weights(recipe: Recipe) -> str:
     return f"{recipe.quantization}{twice}, {autocast}"
 
 
-def batch_said(recipe: Recipe) -> str:
-    """Micro-batch, accumulation and ranks."""
-    said = f"{recipe.batch_size} x {recipe.seq_len} tokens"
-    if recipe.world_size > 1:
-        said += f" on each of {recipe.world_size} cards"
-    steps = recipe.gradient_accumulation_steps
-    return f"{said}, accumulated {steps} times" if steps > 1 else said
-
-
 def _figures(plan: Plan, look: Look) -> Iterator[str]:
     pick = plan.pick
     assert pick is not None
@@ -112,7 +108,7 @@ def _figures(plan: Plan, look: Look) -> Iterator[str]:
     memory += f"{format_bytes(pick.available)} {now}: {spare} to spare"
     step, cost = plan.step_of(pick), plan.cost_of(pick)
     yield from _row("memory", memory, look)
-    if pick.offloads:
+    if not pick.stays:
         where = "of host memory, all ranks together"
         yield from _row("host", f"{format_bytes(pick.host)} {where}", look)
     yield from _row(
@@ -155,19 +151,19 @@ def reasons(plan: Plan) -> Iterator[str]:
         if method in plan.best:
             best = plan.best[method]
             yield (
-                f"{_title(method)} fits only by reaching for host memory "
+                f"{title(method)} fits only by reaching for host memory "
                 f"({format_bytes(best.host)} of it), and {pace_said(plan, best)}."
             )
         elif method in plan.misses and not plan.misses[method].too_much:
             miss = plan.misses[method]
             yield (
-                f"{_title(method)} does not fit: it would take "
+                f"{title(method)} does not fit: it would take "
                 f"{format_bytes(miss.host)} of host memory. {host_said(plan)}"
             )
         elif method in plan.misses:
             miss = plan.misses[method]
             yield (
-                f"{_title(method)} does not fit: at its least it needs "
+                f"{title(method)} does not fit: at its least it needs "
                 f"{format_bytes(miss.required or 0)}, {format_bytes(miss.too_much)} too much."
             )
     if len(plan.goal.considered) > 1:
@@ -187,11 +183,6 @@ def reasons(plan: Plan) -> Iterator[str]:
     yield from _larger_batch(plan)
 
 
-def _title(method: str) -> str:
-    name = METHOD_NAMES[method]
-    return name[:1].upper() + name[1:]
-
-
 def _larger_batch(plan: Plan) -> Iterator[str]:
     """What keeps the micro-batch from growing."""
     pick = plan.pick
@@ -207,30 +198,6 @@ def _larger_batch(plan: Plan) -> Iterator[str]:
         ):
             yield f"Micro-batch {r.batch_size} would need {format_bytes(c.too_much)} too much."
             return
-
-
-def needs_said(candidate: Candidate, base: Candidate) -> str:
-    """How its memory compares."""
-    less = base.footprint - candidate.footprint
-    if less == 0:
-        return "needs as much memory"
-    return f"needs {format_bytes(abs(less))} {'less' if less > 0 else 'more'}"
-
-
-def pace_said(plan: Plan, candidate: Candidate) -> str:
-    """How its cost compares with the pick's."""
-    assert plan.pick is not None
-    share = relative_cost(candidate, plan.pick)
-    if share >= 2:
-        return f"costs {share:.1f} times as much"
-    if abs(share - 1) < 0.0005:
-        return "costs the same"
-    return f"costs {abs(share - 1):.1%} {'more' if share > 1 else 'less'}"
-
-
-def relative_cost(candidate: Candidate, base: Candidate) -> float:
-    """Card-hours as a share of the other's."""
-    return (candidate.card_seconds or 0.0) / (base.card_seconds or 1.0)
 
 
 # --- what else there is ---------------------------------------------------------------------
@@ -263,7 +230,7 @@ def ways(plan: Plan) -> str:
         if best is plan.pick:
             continue
         zero = best.recipe.deepspeed
-        host = f", {format_bytes(best.host)} of host memory" if best.offloads else ""
+        host = f", {format_bytes(best.host)} of host memory" if not best.stays else ""
         way = f"micro-batch {best.recipe.batch_size}"
         way += ", checkpointing" if best.recipe.gradient_checkpointing else ", no checkpointing"
         way += f", {zero_said(best.recipe)}" if zero or best.cards > 1 else ""
@@ -287,13 +254,26 @@ def _front(plan: Plan, look: Look) -> Iterator[str]:
     if pick is None or len(found) < 2:
         return
     yield look.paint(f"{'Less memory for more':<24}{'required':>11}{'cost':>8}", "heading")
-    for candidate in found[:_FRONT]:
+    for candidate in _distinct(found, pick)[:_FRONT]:
         change = ", ".join(differences(candidate.recipe, pick.recipe)) or "the pick"
         share = relative_cost(candidate, pick)
         row = f"{'':24}{format_bytes(candidate.footprint):>11}{share:>6.2f} x  "
         first, *more = wrap(change, look.width - len(row))
         yield row + first
         yield from (" " * len(row) + line for line in more)
+
+
+def _distinct(found: Sequence[Candidate], pick: Candidate) -> list[Candidate]:
+    """Without those that only just differ from the one before, or from the pick."""
+    shown: list[Candidate] = []
+    for c in found:
+        near = [
+            o for o in (*shown[-1:], pick) if abs(c.footprint - o.footprint) < c.footprint / 100
+        ]
+        alike = any(abs(relative_cost(c, o) - 1) < NEAR for o in near)
+        if c == pick or not alike:
+            shown.append(c)
+    return shown
 
 
 def _steps(plan: Plan, steps: Sequence[Step], look: Look) -> Iterator[str]:
@@ -326,95 +306,6 @@ def step_said(step: Step) -> str:
 
 def _considered(plan: Plan, look: Look) -> Iterator[str]:
     yield from wrap(considered_said(plan), look.width)
-
-
-def considered_said(plan: Plan) -> str:
-    """How many recipes were looked at, and what became of them."""
-    counts = dict(plan.counts)
-    total = sum(counts.values())
-    fits = counts.pop("fits", 0)
-    said = f"{total:,} legal recipes: {fits:,} fit"
-    words = {
-        "too large": "are too large",
-        "too much host memory": "need too much host memory",
-        "no better": "are no better than another in memory, time or what is learned",
-        "lower precision": "round more than they must",
-        "not installed": "need flash-attn, which is not installed",
-    }
-    rest = [f"{n:,} {words[verdict]}" for verdict, n in counts.items()]
-    return f"{said}{', ' if rest else ''}{', '.join(rest)}."
-
-
-def notes_of(plan: Plan) -> list[str]:
-    """What was assumed, or should be known."""
-    said = list(plan.notes)
-    pick = plan.pick
-    if pick is None:
-        return said
-    needed = plan.estimate
-    said += [f"{note}." for note in plan.step_of(pick).notes]
-    if needed is not None:
-        said += [f"{warning}." for warning in needed.warnings]
-    if pick.offloads:
-        said.append(host_said(plan))
-    if pick.method == "full" and pick.recipe.dtype != "fp32" and pick.recipe.deepspeed is None:
-        said.append(
-            f"Weights, gradients and AdamW's states are {pick.recipe.dtype}: small updates round "
-            f"away. --dtype fp32 plans with fp32 weights{_fp32_said(plan)}."
-        )
-    decided = plan.goal.lora
-    open_dropout = not isinstance(decided, LoRA) and "dropout" not in (decided or {})
-    if pick.method != "full" and open_dropout and not _dropout(pick):
-        said.append("LoRA without dropout: peft refuses dropout where experts are adapted.")
-    return said
-
-
-def host_said(plan: Plan) -> str:
-    """Where the limit of host memory is from."""
-    size = format_bytes(plan.host_memory or 0)
-    if plan.goal.host_memory is not None:
-        return f"Host memory: {size}, as was said."
-    if plan.gpus.indices:
-        return f"Host memory: this machine has {size}."
-    return f"Host memory: {size} are assumed; --host-memory sets another limit."
-
-
-def _dropout(candidate: Candidate) -> float:
-    lora = candidate.recipe.lora
-    return lora.dropout if lora is not None else 0.0
-
-
-def _fp32_said(plan: Plan) -> str:
-    for candidate in plan.of_the_method:
-        if candidate.recipe.dtype == "fp32":
-            return (
-                f", which {pace_said(plan, candidate)} ({format_bytes(candidate.required or 0)} "
-                "required)"
-            )
-    return ", which do not fit here" if "dtype" not in plan.goal.pins else ""
-
-
-# --- words ----------------------------------------------------------------------------------
-
-
-def hours_said(hours: float) -> str:
-    """ "3.2 h", "12 min"."""
-    if hours < 1 / 60:
-        return f"{hours * 3600:.0f} s"
-    return f"{hours * 60:.0f} min" if hours < 1 else f"{hours:,.1f} h"
-
-
-def dollars_said(dollars: float) -> str:
-    """ "$0.12", "$1,234"."""
-    return f"${dollars:,.2f}" if dollars < 1000 else f"${dollars:,.0f}"
-
-
-def count_said(count: int) -> str:
-    """ "10M", "2.5B"."""
-    for suffix, unit in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
-        if count >= unit:
-            return f"{count / unit:g}{suffix}" if count * 1000 % unit == 0 else f"{count:,}"
-    return str(count)
 
 
 def _items(title: str, sentences: Sequence[str], look: Look) -> Iterator[str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from vramplan.planner.goal import METHOD_NAMES, METHODS, Goal
 from vramplan.planner.which import Offer, cheapest_by_method
-from vramplan.reports.plan import count_said, dollars_said
+from vramplan.reports.plan_words import count_said, dollars_said, title
 from vramplan.reports.text import Look, wrap
 from vramplan.units import format_bytes
 
@@ -43,8 +43,7 @@ def _table(offers: Sequence[Offer], look: Look) -> Iterator[str]:
     method = offers[0].pick.method
     mine = [offer for offer in offers if offer.pick.method == method]
     head = f"{'required':>11}{'tokens/s':>10}{'hours':>8}{'cost':>14}"
-    name = METHOD_NAMES[method]
-    yield look.paint(f"{name[:1].upper() + name[1:]:<36}{head}", "heading")
+    yield look.paint(f"{title(method):<36}{head}", "heading")
     for offer in mine[:_ROWS]:
         yield _row(offer)
     if len(mine) > _ROWS:
@@ -81,5 +80,5 @@ def _others(offers: Sequence[Offer], look: Look) -> Iterator[str]:
     if rest:
         yield look.paint("Cheaper cards that other methods fit on", "heading")
     for offer in rest:
-        host = ", with host memory" if offer.pick.offloads else ""
+        host = ", with host memory" if not offer.pick.stays else ""
         yield f"  {METHOD_NAMES[offer.pick.method]}{host}: {offer.gpus}, {_price(offer)}"
