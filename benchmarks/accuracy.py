@@ -39,7 +39,10 @@ of transformers' `Trainer` on random tokens of a fixed length, with random weigh
 torch's allocator counters (`torch.cuda.max_memory_allocated`) phase by phase; software: torch
 2.11, transformers 5.17, peft 0.21, accelerate 1.15, bitsandbytes 0.50.2. Errors are estimate
 against measurement: plus is too much. "end of" columns are the bytes allocated when a phase ends,
-as a share of the run's peak: a right peak for a wrong reason would show there.
+as a share of the run's peak: a right peak for a wrong reason would show there. Among the
+optimizers of other packages, GaLore and APOLLO renew their projections in the third step
+(`update_proj_gap=2`), and schedule-free RAdam ran seven steps: its second moment counts from the
+sixth.
 """
 
 

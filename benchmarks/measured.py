@@ -47,13 +47,14 @@ def runs(name: str) -> Iterator[Run]:
             yield run_of(entry, models, name)
 
 
-def run_of(entry: dict[str, Any], models: dict[str, Any], name: str) -> Run:
+def run_of(entry: dict[str, Any], models: dict[str, Any] | None = None, name: str = "") -> Run:
+    """A run of a file; `models`: the configs of cases that only name their model."""
     case = entry["case"]
     ends, peaks = _phases(entry["timeline"])
     return Run(
         id=case["id"],
         file=name,
-        config=case.get("config") or models[case["model"]],
+        config=case.get("config") or (models or {})[case["model"]],
         recipe=recipe_of(case),
         peak_allocated=entry["peak_allocated"],
         ends={"load": entry["load"]["end"], "prepare": entry["prepared"]["end"], **ends},

@@ -38,12 +38,13 @@ HERE = Path(__file__).resolve().parent
 CELLS = HERE / "trace_matrix.json"
 TRACER = HERE.parent / "launcher" / "vramplan_launcher" / "trace"
 COUNTS = (
-    "autocast", "blocks", "build", "counting", "cuda_ops", "engine", "quantized", "reduction",
-    "scaling", "steps",
+    "autocast", "blocks", "build", "counting", "cuda_ops", "engine", "reduction", "scaling",
+    "steps",
 )  # fmt: skip
 """Modules of the tracer that decide what is counted in a cell."""
 OUTLIERS = HERE.parent / "vramplan" / "memory" / "outliers.py"
-"""The one module of the estimate that the tracer asks too."""
+QUANTIZED = (TRACER / "quantized.py", OUTLIERS)
+"""... and these where bitsandbytes runs; the number of outliers is the estimate's own rule."""
 LAYERS = 3
 POINTS = ((2, 512), (1, 2048))
 ENDS = ("load", "prepare", "forward", "backward", "optimizer_step")
@@ -179,12 +180,13 @@ def digest(text: str) -> str:
 
 
 @functools.cache
-def tracer() -> str:
+def tracer(quantized: bool) -> str:
     """A digest of all code that a traced number comes from, and of the libraries' versions."""
     from vramplan_launcher.trace import cache
 
     files = [TRACER / f"{name}.py" for name in COUNTS]
-    return digest(json.dumps([cache.versions(), *map(code_of, [*files, OUTLIERS])]))
+    files += QUANTIZED if quantized else ()
+    return digest(json.dumps([cache.versions(), *map(code_of, files)]))
 
 
 def code_of(path: Path) -> str:
@@ -210,8 +212,10 @@ def is_text(node: ast.AST) -> bool:
 def stamp(asked: Cell) -> str:
     """Changes with all that the traced side of a cell depends on."""
     config = cut(config_of(asked["model"]))
-    recipe = recipe_of(asked["fields"], config).to_dict()
-    return digest(json.dumps([tracer(), config, recipe], sort_keys=True, default=str))
+    recipe = recipe_of(asked["fields"], config)
+    library = OPTIMIZERS[recipe.optimizer].package
+    code = tracer(recipe.quantization is not None or library == "bitsandbytes")
+    return digest(json.dumps([code, config, recipe.to_dict()], sort_keys=True, default=str))
 
 
 def stale(asked: Cell, held: Cell) -> bool:

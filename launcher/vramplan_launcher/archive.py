@@ -65,7 +65,9 @@ def _learn(document: Mapping[str, Any]) -> None:
         "device_memory": environment.get("device_memory"),
         "driver": environment.get("driver"),
         "torch": environment.get("torch"),
-        "kind": kind_of(recipe["quantization"], recipe["world_size"]),
+        "kind": kind_of(
+            recipe["quantization"], recipe.get("deepspeed") is not None, recipe["world_size"]
+        ),
     }
     entries = table["cards"]
     entry = next((e for e in entries if all(e.get(k) == v for k, v in key.items())), None)

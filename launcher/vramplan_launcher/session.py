@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import shutil
 import time
@@ -172,11 +171,10 @@ class Session:
             **_every("save", train.save_steps if job.trains else 0),
             **_every("eval", train.eval_steps if self._evaluates() else 0),
         }
-        if train.report_to == "tensorboard":
-            values["logging_dir"] = str(self.folder / "tensorboard")
+        # transformers' TensorBoardCallback reads its folder from here (5.17).
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(self.folder / "tensorboard"))
         values["deepspeed"] = build.deepspeed_values(job, self.located.config)
-        known = inspect.signature(TrainingArguments).parameters
-        return {name: value for name, value in values.items() if name in known}
+        return values
 
     def _evaluates(self) -> bool:
         return bool(self.job.data and self.job.data.get("eval_split")) and self.job.trains

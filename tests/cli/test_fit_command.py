@@ -48,6 +48,7 @@ def test_json_is_the_plan() -> None:
     assert document["goal"]["tokens"] == 2_000_000
     assert document["prediction"]["fits"] is True
     assert document["prediction"]["required"] == document["pick"]["required"]
+    assert [step["count"] for step in document["with_more"]] == [1, 2]
 
 
 def test_options_are_decisions() -> None:

@@ -37,10 +37,25 @@ def test_what_is_given_chooses_the_other() -> None:
 def test_not_even_one() -> None:
     result = run("meta-llama/Llama-3.1-8B", "--gpu", "24GB")
     assert result.exit_code == 1
-    assert "even 1 is" in result.output
+    assert "none, even 1 " in result.output
 
 
 def test_wrong_input() -> None:
     result = run(MODEL, "--gpu", "nothing")
     assert result.exit_code == 2
     assert "unknown GPU" in result.output
+
+
+def test_one_is_no_plural() -> None:
+    output = run(MODEL, "--gpu", "rtx-4090", "--lora").output
+    assert "in batches of 1 sequence\n" in output
+    assert "1 of 2,048 tokens" in run("meta-llama/Llama-3.1-8B", "--gpu", "24GB").output
+
+
+def test_zero_is_over_all_cards() -> None:
+    def ranks(*arguments: str) -> list[int]:
+        document = json.loads(run(MODEL, "--zero", "3", "--json", *arguments).output)
+        return [limit["recipe"]["world_size"] for limit in document["limits"]]
+
+    assert ranks("--gpu", "4xA100-80GB") == [4, 4]
+    assert ranks("--gpu", "4xA100-80GB", "--world-size", "2") == [2, 2]

@@ -70,6 +70,12 @@ def test_wrong_input(arguments: tuple[str, ...], said: str) -> None:
     assert said in result.output
 
 
+def test_over_zero_is_over_all_cards() -> None:
+    arguments = ("--gpu", "4xA100-80GB", "--over", "zero=no,3", "--seq-len", "512", "--json")
+    rows = json.loads(run(GPT2, *arguments).output)["rows"]
+    assert [row["recipe"]["world_size"] for row in rows] == [4, 4]
+
+
 def test_none_fits() -> None:
     assert run("meta-llama/Llama-3.1-8B", "--gpu", "8GB", "--over", "batch=1,2").exit_code == 1
 

@@ -61,6 +61,7 @@ def test_the_most_outside_is_used_for_that_card_alone() -> None:
     assert (found.context, found.nccl) == (758 * MIB, None)
     assert found.source == "measured here in 3 runs, driver 580.1, torch 2.11"
     assert overhead_of(card, "int8") is None
+    assert overhead_of(card, None, zero=True) is None
     assert overhead_of(parse_gpu("h100-80gb"), None) is None
     assert overhead_of(parse_gpu("24GB"), None) is None  # a size is no card
     assert overhead_of(None, None) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import signal
 import sys
@@ -25,10 +26,13 @@ def test_training_ends_with_a_model(
 ) -> None:
     """87 sequences: 4 are for evaluation, 83 for training, 42 steps of 2 in an epoch."""
     options = ("--eval-split", "0.05", "--learning-rate", "1e-2", "--save-steps", "15")
-    run = vramplan("launch", tiny, "--data", rows, *options, *SHORT)
+    board = importlib.util.find_spec("tensorboard") is not None
+    report = ("--report-to", "tensorboard") if board else ()
+    run = vramplan("launch", tiny, "--data", rows, *options, *report, *SHORT)
     code, out, err = run.end()
     assert code == 0, err
     (folder,) = run.runs()
+    assert bool(list(folder.glob("tensorboard/events*"))) == board
     assert folder.name == "tiny-full"
     assert {p.name for p in folder.iterdir()} >= {
         *("job.json", "command.sh", "log.txt", "measurement.json", "model", "checkpoints"),
@@ -41,10 +45,7 @@ def test_training_ends_with_a_model(
     assert document["outcome"] == "ended"
     assert training["steps"] == training["of_steps"]
     assert training["losses"][-1][1] < 1 < training["losses"][0][1]  # six words are soon learned
-    assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == [
-        "checkpoint-15",
-        "checkpoint-30",
-    ] or len(list((folder / "checkpoints").iterdir())) == 2
+    assert len(list((folder / "checkpoints").iterdir())) == 2  # save_total_limit
     assert document["prediction"]["peak_allocated"] > 0
     assert document["ranks"][0]["peak_allocated"] is None  # no GPU, no figures
     assert "no GPU memory figures" in out
@@ -70,7 +71,7 @@ def test_killed_and_resumed(
     import os
 
     os.kill(pid, signal.SIGKILL)
-    code, out, err = run.end()
+    code, _, err = run.end()
     assert code == 4
     assert "log.txt" in err
     assert "Traceback" not in err

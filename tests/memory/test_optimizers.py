@@ -284,3 +284,9 @@ def test_the_packages_are_those_that_no_launch_has() -> None:
         *("torchao", "galore_torch", "apollo_torch", "lomo_optim", "grokadamw", "schedulefree"),
         "optimi",
     }
+
+
+def test_no_linear_to_project() -> None:
+    """GPT-2's matrices are Conv1D, and its head is its embedding's table."""
+    with pytest.raises(IllegalRecipe, match=r"nn\.Linear"):
+        estimate("openai-community/gpt2", Recipe(optimizer="galore_adamw", seq_len=512))

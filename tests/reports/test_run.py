@@ -140,7 +140,8 @@ def test_archive_is_summed_up_by_card_and_method() -> None:
     lora = measurement(recipe={"lora": {}, "deepspeed": {"stage": 3}, "quantization": None})
     short = measurement(outcome="out_of_memory")
     on_cpu = measurement(ranks=[{"rank": 0, "peak_allocated": None}])
-    summary = summarise([measurement(), exact, lora, short, on_cpu])
+    failed = measurement(outcome="failed")  # it never reached its peak
+    summary = summarise([measurement(), exact, lora, short, on_cpu, failed])
     full, adapters = sorted(summary.classes, key=lambda each: each.method, reverse=True)
     assert (full.method, full.runs, adapters.method) == ("full", 2, "LoRA, ZeRO 3")
     half = 100 * 80 / (8 * 1024 + 80) / 2
@@ -148,7 +149,8 @@ def test_archive_is_summed_up_by_card_and_method() -> None:
     assert round(full.signed_mean, 6) == round(-half, 6)
     assert round(full.worst, 6) == round(-2 * half, 6)
     assert (full.required_held, full.required_known) == (2, 2)
-    assert (summary.compared, summary.unmeasured) == (3, 1)
+    assert (summary.compared, summary.unmeasured, summary.failed) == (3, 1, 1)
+    assert compare(failed).error is None
     assert (summary.out_of_memory, summary.out_of_memory_predicted_to_fit) == (1, 1)
     text = render_archive(summary, "/somewhere")
     assert max(map(len, text.splitlines())) <= 80

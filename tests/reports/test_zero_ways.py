@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from vramplan.cli.main import main
-from vramplan.errors import UnknownName
+from vramplan.errors import IllegalRecipe, UnknownName
 from vramplan.hardware.uneven import parse_cards, smallest_of
 from vramplan.memory.estimate import estimate
 from vramplan.recipe.deepspeed import DeepSpeed
@@ -107,6 +107,46 @@ def test_the_host_is_shown_beside_a_rank(model: str, capsys: Any) -> None:
     text = capsys.readouterr().out
     assert "Host, a rank:" in text
     assert "all 8 ranks:" in text
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (("--zero", "4"), "deepspeed.stage is 4: it must be 0, 1, 2 or 3"),
+        (("--zero", "0", "--offload-optimizer", "cpu"), "stage 0: DeepSpeed offloads from stage 1"),
+        (("--zero", "2", "--offload-param", "cpu"), "in stage 3 alone"),
+        (("--zero", "2", "--offload-optimizer", "nvme"), "only stage 3 swaps states to NVMe"),
+        (("--zero", "3", "--offload-optimizer", "nvme"), "'nvme' without a path"),
+        (("--zero", "3", "--offload-param", "nvme"), "'nvme' without a path"),
+        (("--zero", "3", "--offload-param", "cup"), "nearest: 'cpu'"),
+        (("--offload-optimizer", "cpu"), "--offload-optimizer without ZeRO"),
+        (("--nvme-path", "/nvme"), "--nvme-path without ZeRO"),
+        (("--zero", "2", "--mixed-precision", "no"), "DeepSpeed's engine is then fp32"),
+        (("--world-size", "0"), "world_size"),
+        (("--world-size", "2", "--via", "trace"), "without DDP"),
+        (("--compare-zero", "--via", "trace"), "--compare-zero needs the rules"),
+    ],
+)
+def test_bad_input_is_refused_with_its_reason(
+    model: str, asked: tuple[str, ...], said: str, capsys: Any
+) -> None:
+    assert main(["estimate", model, *asked]) == 2
+    shown = capsys.readouterr()
+    assert said in " ".join(shown.err.split())
+    assert "Traceback" not in shown.err
+
+
+def test_a_pool_that_no_weight_fits_in() -> None:
+    """Weights on NVMe are read into buffers of param_buffer_size elements."""
+    zero = {"stage": 3, "offload_param": "nvme", "nvme_path": "/nvme"}
+    part = 32000 * 1024 // 2  # the embedding's, the largest weight
+    with pytest.raises(IllegalRecipe, match=f"param_buffer_size 1000: .* Use at least {part}"):
+        recipe = Recipe(deepspeed=DeepSpeed(**zero, param_buffer_size=1000), world_size=2)  # type: ignore[arg-type]
+        estimate(SMALL, recipe)
+    recipe = Recipe(deepspeed=DeepSpeed(**zero, param_buffer_size=part), world_size=2)  # type: ignore[arg-type]
+    host = estimate(SMALL, recipe).host
+    assert host is not None
+    assert host.pinned >= 5 * part * 2
 
 
 def test_the_smallest_of_uneven_cards_decides(model: str, capsys: Any) -> None:

@@ -9,7 +9,7 @@ import click
 from vramplan.cli.recipe_options import recipe_of, recipe_options
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from vramplan.hardware.gpu import Gpus
     from vramplan.memory.estimate import Estimate
@@ -39,11 +39,23 @@ class Asked(NamedTuple):
     """What the file of --from says, of the commands that have it."""
 
     def recipe(self) -> Recipe:
-        """The recipe of the file, or the default, with the options that were given."""
+        """The recipe of the file, or the default, with the options that were given.
+
+        DeepSpeed goes over all the cards of --gpu, unless the recipe has a number of its own.
+        """
         cards = self.named_gpus()
         base = None if self.imported is None else self.imported.recipe.to_dict()
         count = None if cards is None else cards.count
-        return recipe_of(self.recipe_file, self.fields, count, base)
+        recipe = recipe_of(self.recipe_file, self.fields, count, base)
+        return recipe if recipe.deepspeed is None else self.over_all(recipe, count)
+
+    def over_all(self, recipe: Recipe, count: int | None) -> Recipe:
+        """`recipe` over `count` cards, if neither it nor --world-size says a number."""
+        if count is None or recipe.world_size != 1 or self.fields["world_size"] is not None:
+            return recipe
+        from dataclasses import replace
+
+        return replace(recipe, world_size=count)
 
     def named_gpus(self) -> Gpus | None:
         """The cards of --gpu."""
@@ -86,12 +98,14 @@ def command_about_a_run(
     cards: str = "none",
     trusting: str = "Run the Python files of a local folder.",
     importing: bool = False,
+    defaults: Mapping[str, str] | None = None,
 ) -> Callable[[Callable[..., None]], click.Command]:
     """A command `name` with the shared options, and its `own` between the recipe and the output.
 
     Its callback gets the context, an Asked, and a keyword argument for each of its own options.
     `cards` says in the help what counts without --gpu, `trusting` what --trust-remote-code does.
-    With `importing` it takes --from too: another tool's file, which may name the model.
+    With `importing` it takes --from too: another tool's file, which may name the model. `defaults`
+    is what its help says instead of [the default] of a recipe's fields; nothing for "".
     """
     options: tuple[Callable[[Any], Any], ...] = (
         click.argument("model", required=not importing),
@@ -122,9 +136,19 @@ def command_about_a_run(
         callback.__doc__ = function.__doc__
         for option in reversed(options):
             option(callback)
-        return click.command(name, context_settings=SETTINGS)(callback)
+        command = click.command(name, context_settings=SETTINGS)(callback)
+        _say_defaults(command, defaults or {})
+        return command
 
     return decorate
+
+
+def _say_defaults(command: click.Command, defaults: Mapping[str, str]) -> None:
+    for option in command.params:
+        if isinstance(option, click.Option) and option.name in defaults:
+            text = (option.help or "").rpartition(" [")[0]
+            said = defaults[option.name]
+            option.help = f"{text} [{said}]" if said else text
 
 
 def _with_import(asked: Asked, source: str | None, *, verbose: bool) -> Asked:

@@ -32,9 +32,7 @@ _VIAS = ("rules", "trace")
     ),
     click.option("--advice", is_flag=True, help="Show what would help even if it fits."),
     click.option("--explain", is_flag=True, help="Every term, with its formula and figures."),
-    click.option(
-        "--compare-zero", is_flag=True, help="Show DDP and each ZeRO stage side by side."
-    ),
+    click.option("--compare-zero", is_flag=True, help="Show DDP and each ZeRO stage side by side."),
     click.option("--via", metavar="NAME", default="rules", help="rules or trace (slow). [rules]"),
     cards="what is in this machine",
     trusting="Of --via trace: run a folder's own code.",
@@ -63,8 +61,8 @@ def command(
         _check_via(via, mode, flags, asked.trust_remote_code)
         recipe = asked.recipe()
         gpus, no_gpu = _gpus(asked, recipe)
-        if asked.card is not None and asked.fields["world_size"] is None:
-            recipe = _over(recipe, gpus, every=compare_zero)
+        if asked.card is not None and gpus is not None and compare_zero:
+            recipe = asked.over_all(recipe, gpus.count)
         _check_way_of(recipe, via)
         if mode == "inference":
             from vramplan.cli import inference
@@ -170,23 +168,16 @@ def _check_via(via: str, mode: str, others: dict[str, bool], trusted: bool) -> N
             )
 
 
-def _over(recipe: Recipe, gpus: Gpus | None, *, every: bool = False) -> Recipe:
-    """ZeRO, or `every` recipe, over all the cards that were named; its own number stays."""
-    if recipe.world_size != 1 or gpus is None or (recipe.deepspeed is None and not every):
-        return recipe
-    from dataclasses import replace
-
-    return replace(recipe, world_size=gpus.count)
-
-
 def _check_way_of(recipe: Recipe, via: str) -> None:
-    """Raises UserError for a trace of DeepSpeed's engine."""
+    """Raises UserError for a trace of several ranks, or of DeepSpeed's engine."""
     from vramplan.errors import UserError
 
     if via == "trace" and recipe.deepspeed is not None:
         raise UserError(
             "--via trace runs the model alone, without DeepSpeed: leave out --zero and --deepspeed"
         )
+    if via == "trace" and recipe.world_size > 1:
+        raise UserError("--via trace runs the model alone, without DDP: leave out --world-size")
 
 
 def _offered(error: UserError) -> UserError:

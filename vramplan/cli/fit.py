@@ -11,6 +11,7 @@ from vramplan.cli.fit_launch import LAUNCH_OPTIONS
 from vramplan.cli.goal_options import GOAL_OPTIONS, goal_of
 
 if TYPE_CHECKING:
+    from vramplan.planner.explain import Step
     from vramplan.planner.goal import Goal
     from vramplan.planner.plan import Plan
 
@@ -89,6 +90,7 @@ def _json(plan: Plan, everything: bool) -> str:
     import json
 
     document = plan.to_dict()
+    document["with_more"] = [step.to_dict() for step in _steps(plan)]
     if everything:
         document["candidates"] = plan.table()
     return json.dumps(document, indent=2)
@@ -96,7 +98,6 @@ def _json(plan: Plan, everything: bool) -> str:
 
 def _text(plan: Plan) -> str:
     from vramplan.cli.terminal import look
-    from vramplan.planner.explain import larger_card, more_cards
 
     if plan.pick is None:
         from vramplan.reports.misses import show as show_misses
@@ -104,8 +105,14 @@ def _text(plan: Plan) -> str:
         return show_misses(plan, look=look())
     from vramplan.reports.plan import show
 
-    steps = [step for step in (larger_card(plan), more_cards(plan)) if step is not None]
-    return show(plan, steps=steps, look=look())
+    return show(plan, steps=_steps(plan), look=look())
+
+
+def _steps(plan: Plan) -> list[Step]:
+    """The same job on the next larger card, and on one more."""
+    from vramplan.planner.explain import larger_card, more_cards
+
+    return [step for step in (larger_card(plan), more_cards(plan)) if step is not None]
 
 
 def _which(asked: Asked, goal: Goal) -> int:

@@ -12,7 +12,15 @@ if TYPE_CHECKING:
     from vramplan.hardware.gpu import Gpus
 
 
-@command_about_a_run("ladder", cards="what is in this machine")
+_START = {
+    "dtype": "fp32",
+    "attention": "eager",
+    "optimizer": "adamw_torch",
+    "allocator": "default",
+}
+
+
+@command_about_a_run("ladder", cards="what is in this machine", defaults=_START)
 def command(ctx: click.Context, asked: Asked) -> None:
     """Show what each way to save memory does for MODEL, one on top of the other.
 

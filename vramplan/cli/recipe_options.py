@@ -133,7 +133,8 @@ def _zero(chosen: dict[str, Any], base: dict[str, Any] | None) -> dict[str, Any]
 
             given = [*(name for name in offload if offload[name]), "nvme_path"]
             option = given[0].replace("_", "-")
-            raise IllegalRecipe(f"--{option} without ZeRO: add --zero 2 or --zero 3")
+            stages = "--zero 1, 2 or 3" if option == "offload-optimizer" else "--zero 3"
+            raise IllegalRecipe(f"--{option} without ZeRO: add {stages}")
         return None
     fields = {**(base or {}), **offload, **({} if path is None else {"nvme_path": path})}
     if stage is not None:

@@ -78,5 +78,8 @@ def _swept(asked: Asked, over: tuple[str, ...]) -> Sweep:
             raise UserError(f"--over {name} is given twice: list its values in one")
         values[name] = found
     located = asked.located() if asked.offline else None
-    swept = sweep(located.config if located else asked.model, asked.recipe(), values, _gpus(asked))
+    recipe, cards = asked.recipe(), asked.named_gpus()
+    if cards is not None and "zero" in values and "world_size" not in values:
+        recipe = asked.over_all(recipe, cards.count)  # a row without ZeRO is DDP
+    swept = sweep(located.config if located else asked.model, recipe, values, _gpus(asked))
     return swept if located is None else replace(swept, id=located.id)

@@ -35,14 +35,20 @@ def data_folder(environ: Mapping[str, str] = os.environ) -> Path:
     return Path(os.path.expanduser(home)) / "vramplan"
 
 
-def kind_of(quantization: str | None, world_size: int) -> str:
-    """Runs that have the same outside the allocator: "plain", "int8", "plain-ranks", ..."""
+def kind_of(quantization: str | None, zero: bool, world_size: int) -> str:
+    """Runs that have the same outside the allocator: "plain", "int8", "zero", "plain-ranks", ..."""
     name = "int8" if quantization == "int8" else "plain"
+    name = f"{name}-zero" if zero else name
     return name if world_size == 1 else f"{name}-ranks"
 
 
-def overhead_of(gpus: Gpus | None, quantization: str | None) -> Measured | None:
-    """Of a card in the catalogue or in this machine; None where no run here measured it."""
+def overhead_of(
+    gpus: Gpus | None, quantization: str | None, *, zero: bool = False
+) -> Measured | None:
+    """Of a card in the catalogue or in this machine; None where no run here measured it.
+
+    `zero`: under DeepSpeed, whose streams and kernels take more.
+    """
     if gpus is None or gpus.nominal:
         return None
     path = data_folder() / OVERHEADS
@@ -50,13 +56,12 @@ def overhead_of(gpus: Gpus | None, quantization: str | None) -> Measured | None:
         changed = path.stat().st_mtime_ns
     except OSError:
         return None
-    return _measured(str(path), changed, gpus.gpu.id, gpus.gpu.name, quantization == "int8")
+    return _measured(str(path), changed, gpus.gpu.id, gpus.gpu.name, kind_of(quantization, zero, 1))
 
 
 @lru_cache(maxsize=64)
-def _measured(path: str, changed: int, id_: str, name: str, int8: bool) -> Measured | None:
+def _measured(path: str, changed: int, id_: str, name: str, kind: str) -> Measured | None:
     mine = [entry for entry in _entries(path) if _is(entry, id_, name)]
-    kind = kind_of("int8" if int8 else None, 1)
     alone = [entry for entry in mine if entry["kind"] == kind]
     if not alone:
         return None

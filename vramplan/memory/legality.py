@@ -49,7 +49,7 @@ def check_positions(arch: Architecture, seq_len: int) -> None:
     if arch.learned_positions and arch.max_positions and seq_len > arch.max_positions:
         raise IllegalRecipe(
             f"sequence length {seq_len} is beyond this model's {arch.max_positions} positions, "
-            f"a learned table that can't be extended: use at most {arch.max_positions}"
+            f"a learned table that can't be extended: use at most {arch.max_positions} (--seq-len)"
         )
 
 

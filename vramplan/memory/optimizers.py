@@ -92,7 +92,7 @@ def projections(
     """The parameters whose gradients are projected.
 
     transformers 5.17, _setup_low_rank_optimizer: weights of nn.Linear that the targets name.
-    Raises UnknownName if there are none.
+    Raises UnknownName if the targets name none, and IllegalRecipe if there are none to name.
     """
     if projection is None:
         return {}
@@ -106,6 +106,11 @@ def projections(
             found[t] = LowRank(rows, columns, rank)
     if not found:
         linear = {t.module.rpartition(".")[2] for t in trained if t.linear}
+        if not linear:  # GPT-2: its matrices are Conv1D
+            raise IllegalRecipe(
+                "GaLore and APOLLO with this model: they project weights of nn.Linear, and none "
+                "that is trained here is one. Use another optimizer"
+            )
         raise UnknownName("optim_target_modules", projection.targets, sorted(linear))
     return found
 

@@ -94,7 +94,8 @@ def loaded_bytes(tensor: Tensor, policy: Policy, allocator: str) -> int:
     if not is_quantized(tensor, policy):
         return rounded(tensor.numel * ITEMSIZE[tensor.dtype or policy.dtype], allocator)
     if policy.quantization == "int8":
-        rows = tensor.shape[0] * 4  # Int8Params.SCB: an fp32 scale a row
+        # Int8Params.SCB: an fp32 scale for each output; a Conv1D's weight is transposed first
+        rows = tensor.shape[-1 if tensor.transposed else 0] * 4
         return rounded(tensor.numel, allocator) + rounded(rows, allocator)
     return sum(rounded(part, allocator) for part in _packed(tensor.numel, policy.double_quant))
 

@@ -15,6 +15,7 @@ from vramplan.memory.program import compile_step
 from vramplan.memory.ranks import Weight
 from vramplan.memory.zero_extras import extras_of
 from vramplan.memory.zero_part import NORM, Part, Run, Sharded, nothing
+from vramplan.memory.zero_tape import EPILOGUE
 
 
 def stage_1_and_2(part: Part) -> Sharded:
@@ -79,7 +80,9 @@ class _Arrivals:
         self.owned = part.owned()
         self.all = part.each(part.trained)
         inner = [(w, n) for w, n in self.owned if w.layer >= 0]
-        self.left = self._from(w for w, n in inner if not n and self._is_oversized(w))
+        # stage 1's tape keeps oversized gradients to its end: but not those that are owned
+        over = [w for w, n in inner if n and self._is_oversized(w)]
+        self.gone = self._from(over if part.zero.stage == 1 else ())
         self.moved = self._from(w for w, n in inner if n or not self._is_oversized(w))
         self.norms = self._norms() if part.offload else (0, 0, 0)
         one = part.up(self.bucket * part.width)
@@ -111,34 +114,36 @@ class _Arrivals:
 
     # -- reduced as they come -------------------------------------------------------------------
     def within(self, phase: str, place: int | str) -> int:
-        """The buffer for owned gradients; stage 1's oversized ones of other ranks."""
+        """The buffer for owned gradients; to it go what the tape of stage 1 keeps of them."""
         if phase != "backward":
             return 0
+        if place == EPILOGUE:
+            return self.arriving - self.gone[0]
         if place == "inputs":
             place = -1
         if not isinstance(place, int):
             return 0
         owned = self.arriving if place < self.part.flat.until else 0
-        return owned + self.left_over(place + 1)
+        return owned - self.gone[place + 1]
 
     def after(self, phase: str, place: int | str) -> int:
         if phase != "backward":
             return 0
         until = self.part.flat.until
         if place == "head":
-            owned = self.arriving + self._waiting(self.layers) if until >= self.layers else 0
-            return max(owned, self.norms[2])
+            if until < self.layers:
+                return self.norms[2]
+            last = 0 if self.part.zero.stage == 1 else self._waiting(self.layers)
+            return max(self.arriving + last, self.norms[2])
         if isinstance(place, int):
             owned = self.arriving if place <= until else 0
-            return owned + self.left_over(place) + (self.norms[1] if place <= until else 0)
-        if place != "inputs":
-            return 0
-        last = max(self._waiting(-1) + self.arriving + self.buckets, self.norms[0])
-        return last + self.left_over(0)
-
-    def left_over(self, layer: int) -> int:
-        """Stage 1 clears other ranks' gradients at the end of all; small ones are in a bucket."""
-        return 0 if self.part.zero.stage == 2 else self.left[layer]
+            return owned - self.gone[place] + (self.norms[1] if place <= until else 0)
+        if place == "inputs" and self.part.zero.stage == 1:
+            owned = self.arriving if until >= 0 else 0
+            return max(owned, self.norms[0]) - self.gone[0]
+        if place == "inputs":
+            return max(self._waiting(-1) + self.arriving + self.buckets, self.norms[0])
+        return self.arriving if place == EPILOGUE else 0
 
     def _waiting(self, layer: int) -> int:
         """An oversized gradient that comes last of a layer waits for the next, or for the end."""

@@ -18,6 +18,9 @@ from vramplan.memory.record import Recorder, record_on
 from vramplan.memory.values import Parameter, Size, Value
 from vramplan.models.architecture import Architecture
 
+EPILOGUE = "epilogue"
+"""The section in which stage 1 lets go of all gradients that another rank owns."""
+
 
 class Hooks(NamedTuple):
     """What of ZeRO's settings shapes the tape."""
@@ -46,6 +49,7 @@ class ZeroRecorder(Recorder):
         self.buckets: list[Value] = []
         self.pending: list[Value] = []  # gradients that wait for their reduction, uncopied
         self.reduced: list[Value] = []  # uncopied ones that the next reduction lets go
+        self.kept: list[Value] = []  # stage 1's oversized ones, until all are reduced
         self.elements = self.waiting = 0
         self.addmm = False
 
@@ -58,7 +62,10 @@ class ZeroRecorder(Recorder):
     def backward(self, loss: Value) -> None:
         super().backward(loss)
         self._reduce()
+        if self.hooks.stage == 1:
+            self.mark("backward", EPILOGUE, gathers=True)
         self.reduced.clear()
+        self.kept.clear()
         self.buckets.clear()
 
     def loss(self, logits: Value, vocabulary: int) -> Value:
@@ -89,6 +96,8 @@ class ZeroRecorder(Recorder):
             if hooks.stage < 3 and hooks.offload and hooks.contiguous:
                 grad = self.new(grad.size, grad.dtype, "gradient")  # an oversized one is cloned
             self.pending.append(grad)
+            if hooks.stage == 1:
+                self.kept.append(grad)
         self.elements += count
         self.waiting += 1
 
@@ -106,8 +115,10 @@ class ZeroRecorder(Recorder):
         flattened = hooks.several or not hooks.contiguous
         if hooks.stage < 3 and hooks.contiguous:
             flattened = hooks.scattered
-        if flattened and self.waiting > 1:
-            together = self.new(Size(self.elements), self.policy.weight_dtype, "buffer")
+        alone = hooks.scattered and self.waiting == 1  # slices, until they fill a bucket
+        if (flattened and self.waiting > 1) or alone:
+            count = min(self.elements, 2 * hooks.bucket) if alone else self.elements
+            together = self.new(Size(count), self.policy.weight_dtype, "buffer")
             del together
         if hooks.stage < 3 and hooks.overlap and not hooks.contiguous:
             self.reduced = self.pending[:]

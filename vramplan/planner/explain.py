@@ -4,6 +4,7 @@ take where nothing fits, and how two recipes differ."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from vramplan.hardware.gpu import Gpu, Gpus
 from vramplan.planner.candidates import Candidate
@@ -26,6 +27,18 @@ class Step:
     """How many times the tokens a second; None where there was no plan."""
     cost: float | None
     """Its card-hours as a share of the plan's; None where there was no plan."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        pick = self.plan.pick
+        return {
+            "gpu": self.gpus.gpu.id,
+            "count": self.gpus.count,
+            "pick": None if pick is None else pick.to_dict(),
+            "better_method": self.method,
+            "quicker": self.quicker,
+            "cost": self.cost,
+        }
 
 
 def larger_card(plan: Plan) -> Step | None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from vramplan.errors import UserError
 from vramplan.hardware.gpu import Gpus
+from vramplan.hardware.measured_overheads import Measured, overhead_of
 from vramplan.memory import allocator
 from vramplan.memory.estimate import Estimate, estimate
 from vramplan.memory.optimizers import stepping
@@ -40,8 +41,26 @@ class Sizes(NamedTuple):
     host: int
 
 
-Memory = dict[tuple[Recipe, str | None], Sizes]
-"""By recipe and compute capability: nothing else of a card changes what a run needs."""
+Memory = dict[tuple[Recipe, "Kind"], Sizes]
+"""By recipe and kind of card: nothing else of a card changes what a run needs."""
+
+
+class Kind(NamedTuple):
+    """What of a card an estimate reads."""
+
+    capability: str | None
+    overheads: tuple[Measured | None, ...]
+    """What runs on this machine measured beside the allocator."""
+
+
+def kind_of(gpus: Gpus) -> Kind:
+    """The kind of `gpus`."""
+    measured = (
+        overhead_of(gpus, quantization, zero=zero)
+        for quantization in (None, "int8")
+        for zero in (False, True)
+    )
+    return Kind(None if gpus.nominal else gpus.gpu.compute_capability, tuple(measured))
 
 
 class Walks:
@@ -77,12 +96,13 @@ class Evaluator:
         self._memory: Memory = {} if memory is None else memory
         gpu = gpus.gpu
         self._capability = None if gpus.nominal else gpu.compute_capability
+        self._kind = kind_of(gpus)
         self._walks: dict[int, tuple[Program, Any]] = {}
         self.available = gpu.capacity if gpus.free is None else gpus.free
 
     def sizes(self, recipe: Recipe) -> Sizes:
         """What of `needed` decides, remembered for cards of the same kind."""
-        key = (recipe, self._capability)
+        key = (recipe, self._kind)
         found = self._memory.get(key)
         if found is None:
             needed = self.needed(recipe)

@@ -34,6 +34,7 @@ class Summary:
     compared: int
     unmeasured: int
     """Runs without memory figures (on the processor), or without a prediction."""
+    failed: int
     out_of_memory: int
     out_of_memory_predicted_to_fit: int
 
@@ -45,11 +46,14 @@ class Summary:
 def summarise(runs: Sequence[Mapping[str, Any]]) -> Summary:
     """Of measurement documents."""
     groups: dict[tuple[str, str], list[RunComparison]] = {}
-    unmeasured = short = wrong = 0
+    unmeasured = failed = short = wrong = 0
     for run in runs:
         if run["outcome"] == "out_of_memory":
             short += 1
             wrong += (run.get("prediction") or {}).get("fits") is True
+            continue
+        if run["outcome"] not in ("ended", "interrupted"):
+            failed += 1
             continue
         found = compare(run)
         if found.error is None:
@@ -62,6 +66,7 @@ def summarise(runs: Sequence[Mapping[str, Any]]) -> Summary:
         classes=classes,
         compared=sum(each.runs for each in classes),
         unmeasured=unmeasured,
+        failed=failed,
         out_of_memory=short,
         out_of_memory_predicted_to_fit=wrong,
     )
@@ -98,7 +103,7 @@ def render(summary: Summary, folder: str) -> str:
 
 
 def _lines(summary: Summary, folder: str) -> Iterator[str]:
-    total = summary.compared + summary.unmeasured + summary.out_of_memory
+    total = summary.compared + summary.unmeasured + summary.out_of_memory + summary.failed
     if not total:
         yield from wrap(
             f"No runs yet in {folder}: `vramplan verify MODEL` makes a short one.", WIDTH
@@ -124,6 +129,8 @@ def _lines(summary: Summary, folder: str) -> Iterator[str]:
             f"{summary.out_of_memory_predicted_to_fit} were predicted to fit.",
             WIDTH,
         )
+    if summary.failed:
+        yield f"{summary.failed} failed."
     if summary.unmeasured:
         yield from wrap(
             f"{summary.unmeasured} have no memory figures (on the processor), or no prediction.",

@@ -22,7 +22,8 @@ def show(found: Ladder, look: Look = Look()) -> str:  # noqa: B008
 
 def _head(found: Ladder, look: Look) -> Iterator[str]:
     where = "" if found.gpus is None else f" on {found.gpus}"
-    yield look.paint(f"{found.id}{where}: each saving on top of those before", "heading")
+    for line in wrap(f"{found.id}{where}: each saving on top of those before", look.width):
+        yield look.paint(line, "heading")
     recipe = found.rungs[0].recipe
     yield from wrap(
         f"It begins with {'LoRA' if recipe.lora else 'full fine-tuning'} in {recipe.dtype}, "

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from vramplan.planner.limits import Limit
 
 _NAMES = {"seq_len": "longest sequence", "batch_size": "largest batch"}
-_UNITS = {"seq_len": "tokens", "batch_size": "sequences"}
+_UNITS = {"seq_len": "token", "batch_size": "sequence"}
 
 
 def show(model: str, gpus: Gpus, found: Sequence[Limit], look: Look = Look()) -> str:  # noqa: B008
@@ -25,15 +25,16 @@ def show(model: str, gpus: Gpus, found: Sequence[Limit], look: Look = Look()) ->
 
 
 def _limit(limit: Limit, look: Look) -> Iterator[str]:
-    name, unit = _NAMES[limit.field], _UNITS[limit.field]
+    name = _NAMES[limit.field]
+    other = "batch_size" if limit.field == "seq_len" else "seq_len"
+    with_ = _counted(getattr(limit.recipe, other), other)
+    at = f"of {with_} each" if limit.field == "batch_size" else f"in batches of {with_}"
     if not limit.largest:
         short = format_bytes((limit.beyond or 0) - limit.available)
-        yield look.paint(f"  {name}: none, even 1 is {short} too much", "bad")
+        one = f"1 of {with_}" if limit.field == "batch_size" else f"1 token {at}"
+        yield look.paint(f"  {name}: none, even {one} is {short} too much", "bad")
         return
-    other = "batch_size" if limit.field == "seq_len" else "seq_len"
-    with_ = f"{getattr(limit.recipe, other)} {_UNITS[other]}"
-    at = f"of {with_} each" if limit.field == "batch_size" else f"in batches of {with_}"
-    yield look.paint(f"  {name}: {limit.largest:,} {unit} {at}", "good")
+    yield look.paint(f"  {name}: {_counted(limit.largest, limit.field)} {at}", "good")
     said = f"needs {format_bytes(limit.required or 0, digits=2)} of "
     said += f"{format_bytes(limit.available, digits=2)}"
     if limit.beyond is None:
@@ -42,3 +43,8 @@ def _limit(limit: Limit, look: Look) -> Iterator[str]:
         said += f"; {limit.largest + 1:,} would need {format_bytes(limit.beyond, digits=2)}, "
         said += f"{format_bytes(limit.beyond - limit.available, digits=1)} too much"
     yield from (f"    {line}" for line in wrap(said, look.width - 4))
+
+
+def _counted(number: int, field: str) -> str:
+    unit = _UNITS[field]
+    return f"{number:,} {unit}" if number == 1 else f"{number:,} {unit}s"

@@ -112,7 +112,8 @@ def compare(measurement: Mapping[str, Any]) -> RunComparison:
     rank = max(ranks, key=lambda each: each.get("peak_allocated") or 0)
     measured, outside = rank.get("peak_allocated"), rank.get("outside_allocator")
     overhead = said.get("overhead") or {}
-    whole = measured and measurement["outcome"] != "out_of_memory"
+    # What ended early has not seen all phases.
+    whole = measured and measurement["outcome"] in ("ended", "interrupted")
     peak = None
     if whole and said:
         peak = Pair(name="peak", predicted=said["peak_allocated"], measured=measured)
@@ -197,7 +198,7 @@ def _lines(c: RunComparison) -> Iterator[str]:
         yield from wrap(f"{who}: predicted {c.error:+.2f} % at the peak{rank}", WIDTH)
     if c.shortage is not None:
         yield from wrap(_shortage(c), WIDTH)
-    if c.peak is None and c.required is not None and c.shortage is None:
+    if c.peak is None and c.required is not None and c.outcome in ("ended", "interrupted"):
         yield from wrap(
             f"Predicted: {format_bytes(c.predicted_peak or 0)} at the peak, "
             f"{format_bytes(c.required)} required. Nothing was measured beside it.",

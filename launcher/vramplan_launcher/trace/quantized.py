@@ -44,7 +44,11 @@ def replace_linears(model: Any, recipe: dict[str, Any], compute: torch.dtype) ->
         )
         model.is_loaded_in_4bit = True
     keep = get_keys_to_not_convert(model) + list(model._keep_in_fp32_modules or [])
+    before = {name: value.dtype for name, value in model.named_parameters()}
     replace_with_bnb_linear(model, modules_to_not_convert=keep, quantization_config=config)
+    for name, value in model.named_parameters():  # made in fp32; loaded in the model's dtype
+        if name.endswith(".bias") and value.dtype != before[name]:
+            value.data = value.data.to(before[name])
     model.is_quantized = True
 
 
