@@ -3,6 +3,7 @@
 # make lowest    the tests that need no torch, with the oldest versions that pyproject.toml allows
 # make bench     what importing vramplan and one estimate cost, as ratios within one run
 # make accuracy  writes docs/accuracy.md: predictions against the measured runs
+# make pages     writes the other pages of measured runs: examples, step times, choice, attention
 # make trace-matrix  writes docs/trace-matrix.md: estimates against traces, families x regimes (hours)
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: run test lint types lowest bench accuracy trace-matrix clean
+.PHONY: run test lint types lowest bench accuracy pages trace-matrix clean
 .DEFAULT_GOAL := run
 
 # 1 says "it does not fit", which is an answer and no failure of make.
@@ -35,6 +36,12 @@ bench: $(VENV)/.installed
 
 accuracy: $(VENV)/.installed
 	$(BIN)/python benchmarks/accuracy.py
+
+pages: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/examples.py
+	$(BIN)/python benchmarks/step_time.py --write
+	$(BIN)/python benchmarks/choice.py
+	$(BIN)/python benchmarks/attention_memory.py
 
 trace-matrix: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/trace_matrix.py $(MATRIX)
