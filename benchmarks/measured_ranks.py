@@ -11,10 +11,11 @@ from typing import Any
 from vramplan.memory.estimate import Estimate, estimate
 from vramplan.memory.timeline import Phase
 from vramplan.recipe.deepspeed import DeepSpeed
-from vramplan.recipe.recipe import LoRA, Recipe
+from vramplan.recipe.recipe import LoRA, Quantization, Recipe
 
 FOLDER = Path(__file__).resolve().parent.parent / "tests" / "measured"
 RANKED = ("ddp_gpu", "deepspeed_gpu")
+QUANTIZED: dict[str, Quantization] = {"qlora": "nf4", "int8": "int8"}
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def _recipe(case: dict[str, Any]) -> Recipe:
     return Recipe(
         dtype=case.get("weights", "bf16"),
         mixed_precision=case.get("amp", "bf16"),
-        quantization={"qlora": "nf4", "int8": "int8"}.get(method),
+        quantization=QUANTIZED.get(method),
         lora=lora,
         gradient_checkpointing=bool(case.get("gc")),
         optimizer=case.get("optim", "adamw_torch_fused"),

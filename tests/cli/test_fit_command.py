@@ -228,3 +228,10 @@ def test_the_tiny_model_is_planned_for_the_processor(
     run(MODEL, "--launch", "--cpu")
     assert started["way"].output == way.output.with_name(f"{way.output.name}-2")
     assert "runs on the processor" in result.output
+
+
+def test_the_help_names_no_default_of_what_is_chosen() -> None:
+    output = run("--help").output
+    assert "per_device_train_batch_size.\n" in output
+    assert "Tokens a sequence" in output
+    assert "[2048]" in output

@@ -35,3 +35,9 @@ def test_it_begins_with_what_is_given() -> None:
 def test_no_rung_fits() -> None:
     result = run("meta-llama/Llama-3.1-405B", "--gpu", "8GB")
     assert result.exit_code == 1
+
+
+def test_the_help_says_where_it_begins() -> None:
+    output = run("--help").output
+    assert "[fp32]" in output
+    assert "[bf16]" not in output.partition("--mixed-precision")[0]

@@ -94,3 +94,22 @@ def test_a_broken_table_is_no_reason_to_fail() -> None:
     assert overhead_of(parse_gpu("h200"), None) is None
     (data_folder() / OVERHEADS).write_text(json.dumps({"cards": [{"device": "x"}, 3]}))
     assert overhead_of(parse_gpu("h200"), None) is None
+
+
+def test_estimates_for_that_card_take_it_and_say_so() -> None:
+    from vramplan.memory.estimate import estimate
+    from vramplan.recipe.recipe import Recipe
+    from vramplan.reports.assumptions import assumptions
+
+    model, recipe = "meta-llama/Llama-3.2-1B", Recipe(seq_len=512)
+    before = estimate(model, recipe, "h200")
+    constant, required = before.overhead["context"], before.required
+    archive.join(measurement(700 * MIB))
+    after = estimate(model, recipe, "h200")
+    assert after.overhead["context"] == 700 * MIB
+    assert after.required == required - constant + 700 * MIB
+    assert constant != 700 * MIB
+    assert after.peak_allocated == before.peak_allocated  # nothing else is fitted
+    assert any("700.0 MiB, measured here in 1 run" in line for line in assumptions(after))
+    elsewhere = estimate(model, recipe, "h100-80gb")
+    assert elsewhere.overhead == before.overhead

@@ -110,6 +110,7 @@ def test_a_plan_goes_to_a_file_and_back(plan: Plan, tmp_path: Path) -> None:
     again = read_plan(path)
     assert again.pick == plan.pick
     assert again.recipe == plan.recipe
+    assert again.fallbacks == plan.fallbacks
     document = json.loads(path.read_text())
     assert json.loads(json.dumps(plan.to_dict())) == document
     assert json.loads(json.dumps(again.to_dict())) == document
@@ -210,3 +211,12 @@ def test_a_wrong_target_is_named() -> None:
     goal = Goal(methods=("lora",), lora={"target_modules": ("q_prj",)})
     with pytest.raises(UserError, match="q_prj"):
         fit(LLAMA_1B, "24GB", goal)
+
+
+def test_fallbacks_go_to_the_file_too(tmp_path: Path) -> None:
+    plan = fit("google/gemma-3-1b-pt", "rtx-4090", Goal(effective_batch=7))
+    assert len(plan.fallbacks) > 1
+    plan.save(tmp_path / "plan.json")
+    again = read_plan(tmp_path / "plan.json")
+    assert again.fallbacks == plan.fallbacks
+    assert json.loads(json.dumps(again.to_dict())) == json.loads(json.dumps(plan.to_dict()))

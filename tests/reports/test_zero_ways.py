@@ -140,11 +140,13 @@ def test_a_pool_that_no_weight_fits_in() -> None:
     """Weights on NVMe are read into buffers of param_buffer_size elements."""
     zero = {"stage": 3, "offload_param": "nvme", "nvme_path": "/nvme"}
     part = 32000 * 1024 // 2  # the embedding's, the largest weight
+    small, enough = (
+        Recipe(deepspeed=DeepSpeed.from_dict({**zero, "param_buffer_size": n}), world_size=2)
+        for n in (1000, part)
+    )
     with pytest.raises(IllegalRecipe, match=f"param_buffer_size 1000: .* Use at least {part}"):
-        recipe = Recipe(deepspeed=DeepSpeed(**zero, param_buffer_size=1000), world_size=2)  # type: ignore[arg-type]
-        estimate(SMALL, recipe)
-    recipe = Recipe(deepspeed=DeepSpeed(**zero, param_buffer_size=part), world_size=2)  # type: ignore[arg-type]
-    host = estimate(SMALL, recipe).host
+        estimate(SMALL, small)
+    host = estimate(SMALL, enough).host
     assert host is not None
     assert host.pinned >= 5 * part * 2
 

@@ -16,6 +16,14 @@ if TYPE_CHECKING:
     from vramplan.planner.plan import Plan
 
 
+_CHOSEN = (
+    *("dtype", "mixed_precision", "quantization", "double_quant", "lora", "attention"),
+    *("gradient_checkpointing", "optimizer", "batch_size", "gradient_accumulation_steps", "zero"),
+    *("offload_optimizer", "offload_param", "world_size", "allocator"),
+)
+_OPEN = dict.fromkeys(_CHOSEN, "")
+
+
 @command_about_a_run(
     "fit",
     *GOAL_OPTIONS,
@@ -25,6 +33,7 @@ if TYPE_CHECKING:
     click.option("--save", "path", metavar="FILE", help="Write the plan as JSON."),
     cards="what is in this machine",
     importing=True,
+    defaults=_OPEN,
 )
 def command(
     ctx: click.Context,

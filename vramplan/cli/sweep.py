@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 @command_about_a_run(
     "sweep",
     click.option(
-        "--over", metavar="NAME=A,B,...", multiple=True, help="lora-rank=8,128 or seq=1k,4k; often."
+        "--over",
+        metavar="NAME=A,B,...",
+        multiple=True,
+        help="lora-rank=8,128, seq=1k,4k, ...; repeatable.",
     ),
     click.option("--csv", "as_csv", is_flag=True, help="Print CSV instead of text."),
     click.option("--plot", metavar="FILE", help="Draw it: .png or .svg. Needs vramplan[plot]."),

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from vramplan.hardware.catalogue import Gpu, Gpus, warnings_for
+from vramplan.hardware.measured_overheads import Measured, overhead_of
 from vramplan.hardware.uneven import parse_cards
 from vramplan.memory import allocator
 from vramplan.memory.facts import facts
@@ -95,13 +96,26 @@ class Estimate(Needs):
         reduces = zero is not None and (
             zero.stage in (1, 2) or (zero.stage == 3 and zero.overlap_comm)
         )
+        ranks = self.recipe.world_size
+        context = allocator.context(self.recipe.quantization, reduces)
+        nccl = allocator.nccl(ranks, None if zero is None else zero.stage)
+        here = self.measured_here
+        if here is not None:
+            context = here.context
+            nccl = here.nccl if ranks > 1 and here.nccl is not None else nccl
         return {
-            "context": allocator.context(self.recipe.quantization, reduces),
-            "nccl": allocator.nccl(self.recipe.world_size, None if zero is None else zero.stage),
+            "context": context,
+            "nccl": nccl,
             "allocator_slack": allocator.slack(
                 self.peak_allocated, self.recipe.allocator, self.parts.stepping.largest
             ),
         }
+
+    @cached_property
+    def measured_here(self) -> Measured | None:
+        """What runs on this machine's card had outside the allocator; None: no run measured it."""
+        zero = self.recipe.deepspeed is not None
+        return overhead_of(self.gpu, self.recipe.quantization, zero=zero)
 
     @cached_property
     def breakdown(self) -> dict[str, int]:

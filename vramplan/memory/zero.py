@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
+from functools import lru_cache
+from itertools import accumulate
+
 from vramplan.memory.allocator import workspaces
 from vramplan.memory.optimizers import Stepping
 from vramplan.memory.precision import Policy
+from vramplan.memory.ranks import flat_of, weights_in_order
 from vramplan.memory.sharding import Sharded, sharded
 from vramplan.memory.states import layout
 from vramplan.memory.timeline import Parts, Timeline
@@ -13,6 +18,7 @@ from vramplan.models.architecture import Architecture
 from vramplan.recipe.deepspeed import DeepSpeed
 from vramplan.recipe.recipe import Recipe
 
+LARGEST = 3  # parameters: embedding, head and one more
 
 def zero_parts(
     arch: Architecture, policy: Policy, recipe: Recipe, zero: DeepSpeed, rank: int = 0
@@ -45,16 +51,45 @@ def zero_estimate(
     assert zero is not None
     batch, seq, steps = recipe.batch_size, recipe.seq_len, recipe.gradient_accumulation_steps
     found = []
-    for number in ranks_to_look_at(recipe, zero) if rank is None else (rank,):
+    looked_at = ranks_to_look_at(arch, policy, recipe, zero) if rank is None else (rank,)
+    for number in looked_at:
         run, part = zero_parts(arch, policy, recipe, zero, number)
         workspace = workspaces(capability, run.program.epilogues)
         found.append((run, part, zero_timeline(part, batch, seq, steps, workspace), workspace))
     return max(found, key=lambda each: each[2].peak)
 
 
-def ranks_to_look_at(recipe: Recipe, zero: DeepSpeed) -> tuple[int, ...]:
-    """Ranks that can need most. In stages 1 and 2 the last one's gradients come first in backward,
-    when most activations live; the first one may own part of a large embedding."""
-    if zero.stage in (1, 2) and recipe.world_size > 1:
-        return 0, recipe.world_size - 1
-    return (0,)
+def ranks_to_look_at(
+    arch: Architecture, policy: Policy, recipe: Recipe, zero: DeepSpeed
+) -> tuple[int, ...]:
+    """Ranks that can need most.
+
+    In stages 1 and 2 the last one's gradients come first in backward, when most activations live.
+    And a parameter belongs whole to each rank that owns a piece of it: the ranks in which the
+    largest ones begin and end have those and their neighbours'.
+    """
+    ranks = recipe.world_size
+    if zero.stage not in (1, 2) or ranks == 1:
+        return (0,)
+    return _at_the_largest(arch, policy, recipe.allocator, ranks)
+
+
+@lru_cache(maxsize=1024)
+def _at_the_largest(
+    arch: Architecture, policy: Policy, allocator: str, ranks: int
+) -> tuple[int, ...]:
+    weights = [w for w in weights_in_order(arch, policy, allocator) if w.trains]
+    part = flat_of([weights], ranks).part
+    ends = list(accumulate(w.numel for w in weights))
+    order = sorted(range(len(weights)), key=lambda i: (-weights[i].numel, i))
+    found = {0, ranks - 1}
+    for i in (*order[:LARGEST], order[len(order) // 2]):
+        found.update(((ends[i] - weights[i].numel) // part, (ends[i] - 1) // part))
+
+    def owned(rank: int) -> int:
+        first = bisect_right(ends, rank * part)
+        last = bisect_left(ends, min((rank + 1) * part, ends[-1]))
+        return ends[last] - ends[first] + weights[first].numel if first < len(ends) else 0
+
+    most = max((n for n in found if n < ranks), key=lambda n: (owned(n), n))
+    return tuple({most: 0, ranks - 1: 0})

@@ -117,6 +117,7 @@ def plan_of(document: Mapping[str, Any]) -> Plan:
             *([document["runner_up"]] if document["runner_up"] else []),
             *document["best_of_methods"].values(),
             *document["front"],
+            *document["fallbacks"],
             *document["nearest_misses"].values(),
         ]
         candidates = list(dict.fromkeys(Candidate.from_dict(values) for values in listed))

@@ -24,7 +24,7 @@ _ZERO = {
     "offload_optimizer": "offload_optimizer",
     "offload_param": "offload_param",
 }
-_ALIASES = {"seq": "seq_len", "batch": "batch_size", "rank": "lora_rank"}
+_ALIASES = {"seq": "seq_len", "batch": "batch_size", "rank": "lora_rank", "optim": "optimizer"}
 NAMES = (*(f.name for f in fields(Recipe) if f.name != "deepspeed"), *_LORA, *_ZERO)
 _COUNTS = ("batch_size", "seq_len", "gradient_accumulation_steps", "world_size", "lora_rank")
 _NONE = ("none", "no")

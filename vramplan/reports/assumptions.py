@@ -23,8 +23,7 @@ def assumptions(needed: Estimate) -> tuple[str, ...]:
         _step(recipe),
         f"Every sequence has exactly {recipe.seq_len} tokens: no padding, no packing.",
         _allocator(recipe.allocator),
-        f"CUDA context {format_bytes(needed.overhead['context'])}, as measured on a data centre "
-        "card; other cards and drivers differ.",
+        _context(needed),
         _workspace(needed),
     ]
     if needed.gpu is not None:
@@ -32,6 +31,16 @@ def assumptions(needed: Estimate) -> tuple[str, ...]:
     said += _ranks(needed)
     said.append(f"The libraries do as in {CHECKED_WITH}.")
     return (*said, *(f"{note}." for note in needed.notes))
+
+
+def _context(needed: Estimate) -> str:
+    size = format_bytes(needed.overhead["context"])
+    here = getattr(needed, "measured_here", None)  # a trace has none
+    if here is not None:
+        return f"CUDA context {size}, {here.source}."
+    return (
+        f"CUDA context {size}, as measured on a data centre card; other cards and drivers differ."
+    )
 
 
 def _step(recipe: Recipe) -> str:

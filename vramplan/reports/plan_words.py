@@ -71,7 +71,7 @@ def considered_said(plan: Plan) -> str:
         "too large": "are too large",
         "too much host memory": "need too much host memory",
         "no better": "are no better than another in memory, time or what is learned",
-        "lower precision": "round more than they must",
+        "lower precision": "are of lower precision than need be",
         "not installed": "need flash-attn, which is not installed",
     }
     rest = [f"{n:,} {words[verdict]}" for verdict, n in counts.items()]
