@@ -48,6 +48,7 @@ QUANTIZED = (TRACER / "quantized.py", OUTLIERS)
 LAYERS = 3
 POINTS = ((2, 512), (1, 2048))
 ENDS = ("load", "prepare", "forward", "backward", "optimizer_step")
+FIGURES = ("peak", "saved", "ends")
 
 Cell = dict[str, Any]
 
@@ -282,6 +283,9 @@ def work(todo: list[Cell], options: argparse.Namespace, done: dict[str, Cell]) -
     asked = {c["id"]: c for c in todo}
     with context.Pool(options.workers, maxtasksperchild=220) as pool:
         for number, result in enumerate(pool.imap_unordered(run, todo), 1):
+            before = done.get(result["id"], {})
+            if "peak" in before and "peak" in result:
+                result["agrees"] = all(before[key] == result[key] for key in FIGURES)
             done[result["id"]] = result
             shown = line_of(pair_of(asked[result["id"]], result))
             print(f"{number}/{len(todo)} {shown} ({result['seconds']} s)", flush=True)

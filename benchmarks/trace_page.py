@@ -133,7 +133,7 @@ def page(wanted: list[Cell], done: dict[str, Cell]) -> str:
         f"with {libraries}. Errors are estimate against trace, of the phase's own bytes; plus is",
         "too much.\n",
         f"{headline(wanted, done)}\n",
-        *([f"{older} of them were traced by an earlier version of the tracer.\n"] if older else []),
+        *([earlier(older, done)] if older else []),
         "## By regime\n",
         *table(regimes, "regime"),
         "\n## By family\n",
@@ -151,6 +151,15 @@ def page(wanted: list[Cell], done: dict[str, Cell]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def earlier(older: int, done: dict[str, Cell]) -> str:
+    """How many cells an earlier version of the tracer made, and whether that matters."""
+    both = [c["agrees"] for c in done.values() if "agrees" in c]
+    return (
+        f"{older} of them were traced by an earlier version of the tracer. Of {len(both)} cells "
+        f"that both versions traced, {sum(both)} came out the same to the byte.\n"
+    )
 
 
 OUTLIERS = (

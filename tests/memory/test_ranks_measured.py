@@ -13,11 +13,20 @@ sys.path.insert(0, str(BENCHMARKS))
 
 from measured_ranks import FOLDER, RANKED, rank_runs  # noqa: E402
 
+from vramplan.memory.estimate import estimate  # noqa: E402
+from vramplan.recipe.deepspeed import DeepSpeed  # noqa: E402
+from vramplan.recipe.recipe import Recipe  # noqa: E402
+
 ALL = [run for name in RANKED for run in rank_runs(name)]
 WORST = 0.022
 MEAN_ABSOLUTE = 0.002
 PHASES = 0.03
 MIB = 2**20
+MODELS = {
+    name: config
+    for file in RANKED
+    for name, config in json.loads((FOLDER / f"{file}.json").read_text("utf-8"))["models"].items()
+}
 
 
 @pytest.mark.parametrize("run", ALL, ids=lambda run: run.id)
@@ -96,3 +105,16 @@ def test_communicators():
     assert {e["communicators"] for e in document["runs"] if e["real"]} == {1}
     for run in document["nccl"]:
         assert run["ranks"] == 2
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("offload", [None, "cpu"])
+@pytest.mark.parametrize("name", ["gemma4", "falcon3", "mistral3", "llama1b4"])
+def test_no_rank_needs_more_than_the_one_that_is_said_to(stage, offload, name):
+    """A rank in the middle can: where an embedding ends it owns that and a layer's weights."""
+    config = MODELS[name]
+    zero = DeepSpeed(stage=stage, offload_optimizer=offload)
+    for ranks in (2, 3, 8, 13):
+        recipe = Recipe(seq_len=512, gradient_checkpointing=True, world_size=ranks, deepspeed=zero)
+        each = [estimate(config, recipe, rank=rank).peak_allocated for rank in range(ranks)]
+        assert max(each) <= 1.005 * estimate(config, recipe).peak_allocated

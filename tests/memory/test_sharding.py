@@ -100,7 +100,7 @@ def test_padding_to_ranks():
     policy = llama(2).policy
     weights = weights_in_order(architecture(LLAMA), policy, "expandable_segments")
     assert sum(w.numel for w in weights if w.trains) == N
-    flat = flat_of(groups_of(weights, False), 3)
+    flat = flat_of(groups_of(weights, False), 3, ())
     assert flat.total == -(-N // 6) * 6  # two elements for each rank
     assert flat.part == flat.total // 3
 

@@ -220,3 +220,13 @@ def test_fallbacks_go_to_the_file_too(tmp_path: Path) -> None:
     again = read_plan(tmp_path / "plan.json")
     assert again.fallbacks == plan.fallbacks
     assert json.loads(json.dumps(again.to_dict())) == json.loads(json.dumps(plan.to_dict()))
+
+
+def test_a_sequence_too_long_is_what_is_named() -> None:
+    """GPT-2 has 1024 positions: fewer than a goal's default, which nobody chose here."""
+    goal = Goal(seq_len=4096, pins={"gradient_checkpointing": False})
+    with pytest.raises(IllegalRecipe, match=r"^sequence length 4096 leaves no legal recipe"):
+        fit("openai-community/gpt2", "24GB", goal)
+    goal = Goal(seq_len=512, pins={"optimizer": "galore_adamw", "zero": 3})
+    with pytest.raises(UserError, match=r"galore_adamw and ZeRO stage 3 contradict"):
+        fit("openai-community/gpt2", "24GB", goal)

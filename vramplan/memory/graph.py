@@ -361,7 +361,7 @@ class Graph(FusedHeads):
         logits = self.float(logits)
         tokens = logits.size.per(vocabulary)
         labels = self.constant(tokens, "int64")
-        last = self.constant(Size(1), "int64")  # a label more, which says nothing
+        last: Value | None = self.constant(Size(1), "int64")  # a label more, which says nothing
         if not self.policy.single_sequence:
             labels = self.constant(tokens, "int64")  # [..., 1:].contiguous() copies several rows
             last = None

@@ -98,8 +98,13 @@ def groups_of(weights: Sequence[Weight], apart: bool) -> list[list[Weight]]:
     return [group for group in found if group]
 
 
-def flat_of(groups: Sequence[Sequence[Weight]], ranks: int, rank: int = 0, unit: int = 1) -> Flat:
-    """A rank's partitions, one of each group. The first rank's gradients come last in backward.
+def flat_of(
+    groups: Sequence[Sequence[Weight]],
+    ranks: int,
+    owned: Sequence[tuple[Weight, int]],
+    unit: int = 1,
+) -> Flat:
+    """A rank's partitions, one of each group, which hold what `owned_of` says.
 
     `unit`: with parameter_alignment each parameter but the last is padded to so many elements.
     """
@@ -109,7 +114,7 @@ def flat_of(groups: Sequence[Sequence[Weight]], ranks: int, rank: int = 0, unit:
         count = sum(-(-n // unit) * unit for n in sizes[:-1]) + sizes[-1]
         step = ALIGNMENT * ranks
         total += -(-count // step) * step
-    mine = [(w, n) for w, n in owned_of(groups, ranks, rank, unit) if n]
+    mine = [(w, n) for w, n in owned if n]
     return Flat(
         total,
         total // ranks,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from functools import lru_cache
 from itertools import accumulate
 
@@ -18,13 +17,15 @@ from vramplan.models.architecture import Architecture
 from vramplan.recipe.deepspeed import DeepSpeed
 from vramplan.recipe.recipe import Recipe
 
+STEPS = 3  # micro-batches: the first, the last, and those between them, which are all alike
 LARGEST = 3  # parameters: embedding, head and one more
+
 
 def zero_parts(
     arch: Architecture, policy: Policy, recipe: Recipe, zero: DeepSpeed, rank: int = 0
 ) -> tuple[Parts, Sharded]:
     """A rank's parts: the weights that it keeps, its states, the program of its step."""
-    steps = recipe.gradient_accumulation_steps
+    steps = min(recipe.gradient_accumulation_steps, STEPS)
     ranks = (rank, recipe.world_size)
     part = sharded(arch, policy, recipe.optimizer, recipe.allocator, zero, ranks, steps)
     whole = layout(arch, policy, recipe.allocator)
@@ -79,17 +80,10 @@ def _at_the_largest(
     arch: Architecture, policy: Policy, allocator: str, ranks: int
 ) -> tuple[int, ...]:
     weights = [w for w in weights_in_order(arch, policy, allocator) if w.trains]
-    part = flat_of([weights], ranks).part
+    part = flat_of([weights], ranks, ()).part
     ends = list(accumulate(w.numel for w in weights))
     order = sorted(range(len(weights)), key=lambda i: (-weights[i].numel, i))
     found = {0, ranks - 1}
     for i in (*order[:LARGEST], order[len(order) // 2]):
         found.update(((ends[i] - weights[i].numel) // part, (ends[i] - 1) // part))
-
-    def owned(rank: int) -> int:
-        first = bisect_right(ends, rank * part)
-        last = bisect_left(ends, min((rank + 1) * part, ends[-1]))
-        return ends[last] - ends[first] + weights[first].numel if first < len(ends) else 0
-
-    most = max((n for n in found if n < ranks), key=lambda n: (owned(n), n))
-    return tuple({most: 0, ranks - 1: 0})
+    return tuple(sorted(n for n in found if n < ranks))

@@ -109,7 +109,8 @@ class Part:
         self.groups = groups_of(self.list, not self.fused)
         if zero.round_robin_gradients and zero.stage in (1, 2):
             self.groups = [dealt(group, self.ranks) for group in self.groups]
-        self.flat = flat_of(self.groups, self.ranks, self.rank, self.alignment)
+        self.owned = list(owned_of(self.groups, self.ranks, self.rank, self.alignment))
+        self.flat = flat_of(self.groups, self.ranks, self.owned, self.alignment)
         self.sizes = zero.sizes(arch.hidden_size)
         self.offload = zero.offload_optimizer is not None
 
@@ -117,10 +118,6 @@ class Part:
     def alignment(self) -> int:
         """Elements to whose multiple each parameter is padded in the flat buffer."""
         return 16 // self.width if self.zero.parameter_alignment else 1
-
-    def owned(self) -> list[tuple[Weight, int]]:
-        """Each trained parameter, and how many of its elements the rank owns."""
-        return list(owned_of(self.groups, self.ranks, self.rank, self.alignment))
 
     def up(self, nbytes: int) -> int:
         return rounded(nbytes, self.allocator)
@@ -178,7 +175,7 @@ class Part:
         return compile_zero(self.arch, self.policy, hooks)
 
     def host(self) -> Host:
-        own = [w.nbytes for w, n in self.owned() if n]
+        own = [w.nbytes for w, n in self.owned if n]
         return host_of(
             self.zero, self.list, self.flat, self.ranks, self.width, self.accumulation, own
         )

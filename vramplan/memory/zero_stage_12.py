@@ -77,7 +77,7 @@ class _Arrivals:
         self.bucket = part.sizes["reduce_bucket"]
         self.contiguous = part.zero.contiguous_gradients or part.offload
         self.layers = part.arch.layers
-        self.owned = part.owned()
+        self.owned = part.owned
         self.all = part.each(part.trained)
         inner = [(w, n) for w, n in self.owned if w.layer >= 0]
         # stage 1's tape keeps oversized gradients to its end: but not those that are owned

@@ -42,12 +42,12 @@ _BATCH = ("batch_size", "gradient_accumulation_steps", "world_size")
 
 def _decisions(goal: Goal) -> list[tuple[str, Any]]:
     """What the user decided, by name."""
-    found: list[tuple[str, Any]] = list(goal.pins.items())
+    # A sequence is too long whatever else there is, so it is looked at first.
+    found: list[tuple[str, Any]] = [("seq_len", goal.seq_len), *goal.pins.items()]
     if goal.methods is not None:
         found.append(("methods", goal.methods))
     if goal.lora is not None:
         found.append(("lora", goal.lora))
-    found.append(("seq_len", goal.seq_len))
     return found
 
 
@@ -55,7 +55,7 @@ def _empty(space: Space, decisions: tuple[tuple[str, Any], ...]) -> str | None:
     """The reason why these alone leave nothing; None: they leave something."""
     pins = {k: v for k, v in decisions if k not in ("methods", "lora", "seq_len")}
     others = {k: v for k, v in decisions if k in ("methods", "lora", "seq_len")}
-    base = Goal(effective_batch=space.goal.effective_batch)
+    base = Goal(effective_batch=space.goal.effective_batch, seq_len=space.goal.seq_len)
     try:
         trial = Space(space.arch, space.gpu, space.count, replace(base, pins=pins, **others))
         if any(True for _ in trial.drafts()):

@@ -105,7 +105,8 @@ def ladder(
             skipped.append((title, str(error)))
             continue
         if rung.saving <= 0 and (rung.seconds or 0) >= (rungs[-1].seconds or 0):
-            skipped.append((title, f"it would need {format_bytes(-rung.saving)} more here"))
+            more = "as much" if not rung.saving else f"{format_bytes(-rung.saving)} more"
+            skipped.append((title, f"it would need {more} here"))
             continue
         rungs.append(rung)
     return Ladder(

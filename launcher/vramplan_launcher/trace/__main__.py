@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--deep", action="store_true", help="trace few of many equal layers")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--compute-capability", default="9.0")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of fake tensors")
     parser.add_argument("--verbose", action="store_true", help="storages at each peak and end")
     parser.add_argument("--least", type=int, default=0, help="hide kinds smaller than this")
     parser.add_argument("--phases", default="", help="comma-separated: only these in --verbose")
@@ -40,8 +41,12 @@ def main() -> None:
     parser.add_argument("--events", help="write every allocation and release, in order, here")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
+    import torch
+
     from vramplan_launcher.trace import trace, trace_deep
 
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a CUDA build of torch, and a GPU")
     config = json.loads(Path(options.config).read_text())
     config = config.get("config", config)
     began = time.time()
@@ -54,6 +59,7 @@ def main() -> None:
         compute_capability=options.compute_capability,
         keep_events=bool(options.events),
         watch_peak=options.verbose or bool(options.json),
+        device=options.device,
     )
     print(
         f"parameters {result.parameters}  trainable {result.trainable_parameters}  "

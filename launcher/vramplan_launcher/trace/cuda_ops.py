@@ -172,7 +172,7 @@ def _rms_norm(
     if weight is not None and weight.dtype != input.dtype:
         composite = torch._C.DispatchKey.CompositeImplicitAutograd
         return aten.rms_norm.default._op_dk(composite, input, shape, weight, eps)
-    return FusedRMSNorm.apply(input, len(shape), weight)  # type: ignore[no-any-return]
+    return FusedRMSNorm.apply(input, len(shape), weight)
 
 
 class FusedRMSNorm(torch.autograd.Function):

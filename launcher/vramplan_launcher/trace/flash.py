@@ -87,7 +87,7 @@ def attention(
     """`flash_attn_func`: batch x sequence x heads x width each."""
     if {q.dtype, k.dtype, v.dtype} - {torch.float16, torch.bfloat16}:
         raise ValueError("FlashAttention only support fp16 and bf16 data type")
-    return _Attention.apply(q, k, v)  # type: ignore[no-any-return]
+    return _Attention.apply(q, k, v)
 
 
 def packed(
