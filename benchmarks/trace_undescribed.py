@@ -103,7 +103,8 @@ def section() -> Iterator[str]:
         f"traced with {libraries}, against runs on one {entries()[0]['environment']['device']}. "
         f"{len(errors)} runs: mean absolute error {mean:.4f} %, worst {worst:+.4f} % ({where}). "
         "The runs had torch 2.11, whose autocast leaves `rms_norm` in 16 bits; that of 2.13 does "
-        "not, so the model with its own code (`own`) is traced with the list of 2.11. Mamba's run had a second copy of "
+        "not, so the model with its own code (`own`) is traced with the list of 2.11. "
+        "Mamba's run had a second copy of "
         "the weights in its base, left by the maker of the checkpoint and freed in the first step: "
         "it is added back.\n"
     )

@@ -19,6 +19,8 @@ def test_units() -> None:
         (12 * GIB + 300 * MIB, "12.3 GiB"),  # 300 / 1024 = 0.293
         (640 * MIB, "640.0 MiB"),
         (2 * TIB, "2.0 TiB"),
+        (1536 * TIB, "1.5 PiB"),
+        (2**61, "2.0 EiB"),
         (-5 * GIB, "-5.0 GiB"),
         (GIB - 1, "1.0 GiB"),  # rounds to 1024.0 MiB, which nobody writes
     ],

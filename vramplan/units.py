@@ -14,6 +14,10 @@ MIB = 2**20
 GIB = 2**30
 TIB = 2**40
 
+_UNITS = (
+    *(("EiB", 2**60), ("PiB", 2**50), ("TiB", TIB)),
+    *(("GiB", GIB), ("MiB", MIB), ("KiB", KIB)),
+)
 _SUFFIXES = {"": 1, "K": KIB, "M": MIB, "G": GIB, "T": TIB}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?B)?\s*", re.IGNORECASE | re.ASCII)
 _COUNT = re.compile(r"\s*(\d[\d_]*)\s*([KM]?)\s*", re.IGNORECASE | re.ASCII)
@@ -26,7 +30,7 @@ def format_bytes(size: int, *, digits: int = 1, signed: bool = False) -> str:
     """
     sign = "-" if size < 0 else "+" if signed and size > 0 else ""
     magnitude = abs(size)
-    for suffix, unit in (("TiB", TIB), ("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
+    for suffix, unit in _UNITS:
         # Rounding can lift 1023.96 MiB to "1024.0 MiB": compare what would be printed.
         if magnitude >= KIB and round(magnitude / unit, digits) >= 1:
             return f"{sign}{magnitude / unit:.{digits}f} {suffix}"

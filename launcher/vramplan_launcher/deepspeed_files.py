@@ -37,8 +37,9 @@ def accelerate_config(recipe: Recipe, file: str = CONFIG, machines: int = 1) -> 
     ranks = recipe.world_size
     if machines < 1 or ranks % machines:
         raise UserError(
-            f"{ranks} GPUs on {machines} machines: accelerate starts equally many on each. Give "
-            "a number of machines that divides them"
+            f"machines is {machines}, for {ranks} GPU{'s' if ranks > 1 else ''} in all: accelerate "
+            "starts equally many on each. Give a number of machines, of at least 1, that divides "
+            "them"
         )
     assert recipe.deepspeed is not None
     lines = [

@@ -158,3 +158,13 @@ def test_it_loads_nothing_heavy(axolotl: str) -> None:
         env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'launcher'}"},
     )
     assert done.stdout.splitlines()[-1] == "LOADED"
+
+
+def test_a_file_that_is_not_there(capsys: Captured, tmp_path: Path) -> None:
+    assert main(["export", str(tmp_path / "plan.json"), "--to", "trl"]) == 2
+    assert "no such file or folder" in capsys.readouterr().err
+
+
+def test_zero_is_over_all_cards(capsys: Captured) -> None:
+    assert main(["export", MODEL, "--to", "trl", "--zero", "2", "--gpu", "4xA100-80GB"]) == 0
+    assert "--nproc-per-node 4" in capsys.readouterr().out

@@ -93,6 +93,8 @@ class Run:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
+                # A shell starts what is in its background with SIGINT ignored, tests included.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
             )
 
     def end(self, timeout: float = 240) -> tuple[int, str, str]:

@@ -98,7 +98,8 @@ def test_interrupted_it_saves_and_says_how_to_resume(
     vramplan: Start, tiny: Path, rows: Path, measured: Callable[[Path], dict[str, Any]]
 ) -> None:
     run = vramplan(
-        *("launch", tiny, "--data", rows, "--epochs", "1000", "--world-size", "2"), *SHORT
+        *("launch", tiny, "--data", rows, "--epochs", "1000", "--world-size", "2"),
+        *("--save-steps", "0", *SHORT),
     )
     run.wait_for(lambda: "step 1/" in run.errors.read_text())
     assert len(run.ranks()) == 2
@@ -119,7 +120,8 @@ def test_interrupted_it_saves_and_says_how_to_resume(
 def test_no_rank_outlives_its_parent_or_the_others(vramplan: Start, tiny: Path, rows: Path) -> None:
     import os
 
-    two = ("launch", tiny, "--data", rows, "--epochs", "1000", "--world-size", "2", *SHORT)
+    two = ("launch", tiny, "--data", rows, "--epochs", "1000", "--world-size", "2")
+    two = (*two, "--save-steps", "0", *SHORT)
     run = vramplan(*two)
     run.wait_for(lambda: "step 1/" in run.errors.read_text())
     _, second = run.ranks()

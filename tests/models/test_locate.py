@@ -195,6 +195,8 @@ def test_what_can_be_neither_path_nor_id(name: str) -> None:
         ("\n<!doctype html>", "is a web page"),
         ({"weight_map": {}, "metadata": {}}, "is an index of weight files"),
         ({"dim": 4096, "n_layers": 32}, "is a params.json in the authors' original format"),
+        ({"schema": 1, "recipe": {}, "model": {}}, "is a plan or an estimate of vramplan's"),
+        ({"zero_optimization": {"stage": 2}}, "is a DeepSpeed config, which --deepspeed reads"),
     ],
 )
 def test_a_file_that_is_no_config(tmp_path: Path, content: object, expected: str) -> None:

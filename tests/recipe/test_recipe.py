@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from vramplan.errors import IllegalRecipe, InvalidValue, UnknownName, UserError
+from vramplan.errors import InvalidValue, UnknownName, UserError
 from vramplan.recipe import DeepSpeed, LoRA, Recipe
 
 

@@ -56,6 +56,8 @@ def command(
     from vramplan.recipe.exchange import export
 
     asked = _planned(asked)
+    if asked.imported is None:
+        _check_path(asked)
     recipe = asked.recipe()
     options = _options(asked.imported, training)
     folder = None if out is None else Path(out).parent
@@ -95,6 +97,14 @@ def _planned(asked: Asked) -> Asked:
     if plan.model is None:
         raise UserError(f"{asked.model!r} names no model")
     return asked._replace(model=plan.model, imported=plan)
+
+
+def _check_path(asked: Asked) -> None:
+    """Raises ModelNotFound or ConfigError for a file or folder that is none; an id may be any."""
+    from vramplan.models.locate import is_a_path
+
+    if is_a_path(asked.model):
+        asked.located()
 
 
 def _options(imported: Imported | None, given: dict[str, float | str | None]) -> Options:

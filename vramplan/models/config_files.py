@@ -34,6 +34,8 @@ _OTHER_JSON: tuple[tuple[frozenset[str], str], ...] = (
     (frozenset({"dim", "n_layers"}), "a params.json in the authors' original format"),
     (frozenset({"tokenizer_class"}), "a tokenizer's config"),
     (frozenset({"_diffusers_version"}), "a diffusers config, and no language model's"),
+    (frozenset({"schema", "recipe"}), "a plan or an estimate of vramplan's, which --from reads"),
+    (frozenset({"zero_optimization"}), "a DeepSpeed config, which --deepspeed reads"),
 )
 
 _JSON_NAMES: dict[type, str] = {list: "a list", str: "a string", bool: "a bool", type(None): "null"}

@@ -80,7 +80,7 @@ def locate(
     path = Path(os.path.expanduser(text))
     if _exists(path):
         return _from_path(path, text)
-    if isinstance(model, os.PathLike) or _is_a_path(text):
+    if isinstance(model, os.PathLike) or is_a_path(text):
         raise ModelNotFound(f"no such file or folder: {path}{_likely_path(path)}")
     return _from_name(_without_address(text), token, offline, timeout)
 
@@ -107,7 +107,7 @@ def _exists(path: Path) -> bool:
     return True
 
 
-def _is_a_path(text: str) -> bool:
+def is_a_path(text: str) -> bool:
     """Whether `text` can only have meant a file or folder, though there is none."""
     return (
         text.startswith((".", "/", "~"))

@@ -32,9 +32,9 @@ def _limit(limit: Limit, look: Look) -> Iterator[str]:
     if not limit.largest:
         short = format_bytes((limit.beyond or 0) - limit.available)
         one = f"1 of {with_}" if limit.field == "batch_size" else f"1 token {at}"
-        yield look.paint(f"  {name}: none, even {one} is {short} too much", "bad")
+        yield from _lines(f"{name}: none, even {one} is {short} too much", look, "bad")
         return
-    yield look.paint(f"  {name}: {_counted(limit.largest, limit.field)} {at}", "good")
+    yield from _lines(f"{name}: {_counted(limit.largest, limit.field)} {at}", look, "good")
     said = f"needs {format_bytes(limit.required or 0, digits=2)} of "
     said += f"{format_bytes(limit.available, digits=2)}"
     if limit.beyond is None:
@@ -43,6 +43,12 @@ def _limit(limit: Limit, look: Look) -> Iterator[str]:
         said += f"; {limit.largest + 1:,} would need {format_bytes(limit.beyond, digits=2)}, "
         said += f"{format_bytes(limit.beyond - limit.available, digits=1)} too much"
     yield from (f"    {line}" for line in wrap(said, look.width - 4))
+
+
+def _lines(text: str, look: Look, style: str) -> Iterator[str]:
+    first, *more = wrap(text, look.width - 4)
+    yield look.paint(f"  {first}", style)
+    yield from (look.paint(f"    {line}", style) for line in more)
 
 
 def _counted(number: int, field: str) -> str:

@@ -19,7 +19,9 @@ def show(found: Sweep, look: Look = Look()) -> str:  # noqa: B008
 
 def _lines(found: Sweep, look: Look) -> Iterator[str]:
     where = "" if found.gpus is None else f" on {found.gpus}"
-    yield look.paint(f"{found.id}{where}: {len(found.rows)} runs", "heading")
+    count = len(found.rows)
+    for line in wrap(f"{found.id}{where}: {count} run{'s' if count > 1 else ''}", look.width):
+        yield look.paint(line, "heading")
     measured = any(row.measured_peak is not None for row in found.rows)
     widths = {
         name: max(len(_short(name)), *(len(_word(value)) for value in values)) + 2

@@ -78,7 +78,7 @@ def _others(offers: Sequence[Offer], look: Look) -> Iterator[str]:
     best = cheapest_by_method(list(offers))
     rest = [best[m] for m in METHODS if m in best and best[m] is not offers[0]]
     if rest:
-        yield look.paint("Cheaper cards that other methods fit on", "heading")
+        yield look.paint("Where only another method fits, the cheapest", "heading")
     for offer in rest:
         host = ", with host memory" if not offer.pick.stays else ""
         yield f"  {METHOD_NAMES[offer.pick.method]}{host}: {offer.gpus}, {_price(offer)}"
