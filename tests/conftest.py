@@ -13,6 +13,8 @@ import pytest
 for _name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_TOKEN", "HF_TOKEN_PATH", "HF_ENDPOINT"):
     os.environ.pop(_name, None)
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="vramplan-tests-")
+# Runs that were launched here, and what this machine's cards were measured to need.
+os.environ["XDG_DATA_HOME"] = tempfile.mkdtemp(prefix="vramplan-tests-")
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["NO_COLOR"] = "1"
 for _name in ("FORCE_COLOR", "CLICOLOR_FORCE", "PYTORCH_CUDA_ALLOC_CONF"):
