@@ -48,7 +48,6 @@ QUANTIZED = (TRACER / "quantized.py", OUTLIERS)
 LAYERS = 3
 POINTS = ((2, 512), (1, 2048))
 ENDS = ("load", "prepare", "forward", "backward", "optimizer_step")
-FIGURES = ("peak", "saved", "ends")
 
 Cell = dict[str, Any]
 
@@ -275,6 +274,12 @@ def write(done: dict[str, Cell]) -> None:
     part.replace(CELLS)
 
 
+def differing(before: Cell, after: Cell) -> list[str]:
+    """What an earlier tracer made of a cell otherwise: the peak, saved bytes, ends of phases."""
+    out = [name for name in ("peak", "saved") if before[name] != after[name]]
+    return out + [f"end of {n}" for n in ENDS if before["ends"][n] != after["ends"][n]]
+
+
 def work(todo: list[Cell], options: argparse.Namespace, done: dict[str, Cell]) -> None:
     from trace_page import line_of, pair_of
 
@@ -285,7 +290,7 @@ def work(todo: list[Cell], options: argparse.Namespace, done: dict[str, Cell]) -
         for number, result in enumerate(pool.imap_unordered(run, todo), 1):
             before = done.get(result["id"], {})
             if "peak" in before and "peak" in result:
-                result["agrees"] = all(before[key] == result[key] for key in FIGURES)
+                result["differs"] = differing(before, result)
             done[result["id"]] = result
             shown = line_of(pair_of(asked[result["id"]], result))
             print(f"{number}/{len(todo)} {shown} ({result['seconds']} s)", flush=True)

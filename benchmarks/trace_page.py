@@ -155,10 +155,13 @@ def page(wanted: list[Cell], done: dict[str, Cell]) -> str:
 
 def earlier(older: int, done: dict[str, Cell]) -> str:
     """How many cells an earlier version of the tracer made, and whether that matters."""
-    both = [c["agrees"] for c in done.values() if "agrees" in c]
+    both = [c["differs"] for c in done.values() if "differs" in c]
+    others = sorted({name for differs in both for name in differs})
+    rest = f" The others differ in {', '.join(others)}." if others else ""
+    same = sum(not differs for differs in both)
     return (
         f"{older} of them were traced by an earlier version of the tracer. Of {len(both)} cells "
-        f"that both versions traced, {sum(both)} came out the same to the byte.\n"
+        f"that both versions traced, {same} came out the same to the byte.{rest}\n"
     )
 
 

@@ -50,7 +50,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "glm": WIDE_HEADS,
     "glm4": WIDE_HEADS,
     "gpt2": GPT,
-    "gpt_neox": SIZES,
+    "gpt_neox": ALL_HEADS,
     "gpt_oss": {**ROUTED, "num_local_experts": 8, "head_dim": 64},
     "gptj": {**GPT, "rotary_dim": 16},
     "granite": SIZES,

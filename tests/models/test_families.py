@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from vramplan.errors import ConfigError
 from vramplan.models import catalogue
 from vramplan.models.blocks import FAMILIES, family
 from vramplan.models.blocks.decoder import Decoder
@@ -53,3 +54,19 @@ def test_other_families_are_not_imported() -> None:
 def test_an_unknown_model_type_is_refused(model_type: object) -> None:
     with pytest.raises(UnknownArchitecture, match="not described"):
         architecture({"model_type": model_type})
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"hidden_act": ["silu"]}, "activation function in the config is"),
+        ({"num_hidden_layers": 10**9}, "has 1000000000 layers"),
+        ({"head_dim": 63}, "has 63 rotary dimensions a head"),
+        ({"initializer_range": float("nan")}, "initializer_range in the config is nan"),
+    ],
+)
+def test_figures_that_no_model_has(changed: dict[str, object], said: str) -> None:
+    checkpoint = catalogue.load("meta-llama/Llama-3.2-1B")
+    assert checkpoint is not None
+    with pytest.raises(ConfigError, match=said):
+        architecture({**checkpoint.config, **changed})

@@ -60,6 +60,12 @@ def test_wrong_values_are_named(fields: dict, error: type[Exception], said: str)
         Goal(**fields)
 
 
+@pytest.mark.parametrize("name", ["methods", "pins", "lora", "allow_8bit_optim", "host_memory"])
+def test_a_value_of_another_type(name: str) -> None:
+    with pytest.raises(InvalidValue, match=f"^{name} is 1.5"):
+        Goal(**{name: 1.5})  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("fields", "one", "other"),
     [

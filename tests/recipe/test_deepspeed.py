@@ -26,7 +26,7 @@ def test_round_trip() -> None:
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
 
 
-@pytest.mark.parametrize("stage", [4, -1, "2", True, None])
+@pytest.mark.parametrize("stage", [4, -1, "2", True, None, 2.0])
 def test_stage(stage: Any) -> None:
     with pytest.raises(InvalidValue, match="^deepspeed.stage is .* 0, 1, 2 or 3"):
         DeepSpeed(stage=stage)

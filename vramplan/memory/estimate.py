@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from vramplan.errors import InvalidValue
 from vramplan.hardware.catalogue import Gpu, Gpus, warnings_for
 from vramplan.hardware.measured_overheads import Measured, overhead_of
 from vramplan.hardware.uneven import parse_cards
@@ -209,10 +210,14 @@ def resolve(model: Model) -> tuple[str, Architecture, tuple[str, ...]]:
 
 
 def cards(gpu: str | Gpu | Gpus | None) -> Gpus | None:
-    """The cards that an argument `gpu` means. Raises UnknownName."""
+    """The cards that an argument `gpu` means. Raises UnknownName or InvalidValue."""
     if isinstance(gpu, str):
         return parse_cards(gpu)
-    return Gpus(gpu=gpu) if isinstance(gpu, Gpu) else gpu
+    if isinstance(gpu, Gpu):
+        return Gpus(gpu=gpu)
+    if gpu is not None and not isinstance(gpu, Gpus):
+        raise InvalidValue("gpu", gpu, 'a name or size ("rtx-4090", "24GB"), a Gpu, Gpus, or None')
+    return gpu
 
 
 def _breakdown(e: Estimate) -> dict[str, int]:

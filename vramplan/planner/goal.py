@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -73,6 +73,14 @@ class Goal:
             raise UnknownName("objective", self.objective, OBJECTIVES)
         if isinstance(self.lora, Mapping):
             LoRA.from_dict(self.lora)
+        elif self.lora is not None and not isinstance(self.lora, LoRA):
+            raise InvalidValue("lora", self.lora, "a LoRA, a mapping of its fields, or None")
+        if self.host_memory is not None:
+            _check_count("host_memory", self.host_memory)
+        if not isinstance(self.pins, Mapping):
+            raise InvalidValue("pins", self.pins, "a mapping of a recipe's fields to values")
+        if type(self.allow_8bit_optim) is not bool:
+            raise InvalidValue("allow_8bit_optim", self.allow_8bit_optim, "True or False")
         for name, value in self.pins.items():
             if name not in PINS:
                 raise UnknownName("pin", name, PINS)
@@ -110,7 +118,10 @@ class Goal:
 
 
 def _methods(names: object) -> tuple[str, ...]:
-    given = (names,) if isinstance(names, str) else tuple(names)  # type: ignore[arg-type]
+    given = (names,) if isinstance(names, str) else names
+    if not isinstance(given, Iterable):
+        raise InvalidValue("methods", names, f"one or more of {', '.join(METHODS)}, or None")
+    given = tuple(given)
     for name in given:
         if name not in METHODS:
             raise UnknownName("method", name, METHODS, closest=_SAME_AS.get(str(name).lower()))

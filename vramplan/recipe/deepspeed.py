@@ -120,7 +120,7 @@ class DeepSpeed:
     """Stage 3 steps so many elements of its partition at a time."""
 
     def __post_init__(self) -> None:
-        if type(self.stage) is bool or self.stage not in STAGES:
+        if type(self.stage) is not int or self.stage not in STAGES:
             raise InvalidValue("deepspeed.stage", self.stage, "0, 1, 2 or 3")
         for name in ("offload_optimizer", "offload_param"):
             value = getattr(self, name)

@@ -53,6 +53,10 @@ READERS = {
 DEVIATIONS = {"starcoder2": 0.018042}
 
 
+MOST_LAYERS = 10_000
+"""The deepest known model has some hundreds; an inventory of more than this is a slip's."""
+
+
 class UnknownArchitecture(ConfigError):
     """A `model_type` that has no block description."""
 
@@ -70,7 +74,23 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
         raise _unknown(str(model_type))
     reader = Config(config)
     deviation = reader.number("initializer_range", DEVIATIONS.get(model_type, 0.02), "init_std")
-    return replace(_reader(model_type)(reader), initializer_range=deviation)
+    read = _reader(model_type)(reader)
+    _check(read)
+    return replace(read, initializer_range=deviation)
+
+
+def _check(arch: Architecture) -> None:
+    """What no reader looks at by itself. Raises ConfigError."""
+    if arch.layers > MOST_LAYERS:
+        raise ConfigError(f"the config has {arch.layers} layers: no model has over {MOST_LAYERS}")
+    if not isinstance(arch.activation, str):
+        raise ConfigError(
+            f"the activation function in the config is {arch.activation!r}; it must be a name"
+        )
+    if arch.rotary_dim % 2:
+        raise ConfigError(
+            f"the config has {arch.rotary_dim} rotary dimensions a head; they are turned in pairs"
+        )
 
 
 def _reader(model_type: str) -> Callable[[Config], Architecture]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isfinite
 from typing import Any
 
 from vramplan.errors import ConfigError
@@ -56,7 +57,7 @@ class Config:
     def number(self, key: str, default: float = 0.0, *aliases: str) -> float:
         """A number, such as a dropout probability."""
         value = self.get(key, default, *aliases)
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
             raise ConfigError(f"{key} in the config is {value!r}; it must be a number")
         return float(value)
 
