@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 # A list of allowed names longer than this is cut: nobody reads sixty names in an error.
-_SHOWN = 24
+_SHOWN = 40  # optimizers are listed, GPUs and models counted
 # difflib's similarity, 0 to 1: below this a "nearest" name is noise.
 _CUTOFF = 0.5
 # A likeness of beginnings counts this much of a likeness of whole names.
