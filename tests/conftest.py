@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,8 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="vramplan-tests-")
 os.environ["XDG_DATA_HOME"] = tempfile.mkdtemp(prefix="vramplan-tests-")
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["NO_COLOR"] = "1"
+# DeepSpeed's ops are compiled by ninja, which is installed beside this Python.
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
 for _name in ("FORCE_COLOR", "CLICOLOR_FORCE", "PYTORCH_CUDA_ALLOC_CONF"):
     os.environ.pop(_name, None)
 

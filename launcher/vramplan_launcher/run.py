@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import socket
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -176,7 +177,7 @@ def launch(
         environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     if job.recipe.deepspeed is not None:
         free_stale_locks()
-        environment |= _plain_architectures(os.environ)
+        environment |= _plain_architectures(os.environ) | _own_tools(os.environ)
     _write_command(folder, command, environment)
     began = time.time()
     log = folder / LOG
@@ -214,6 +215,13 @@ def launch(
         measurement=document,
         sentence="" if failure is None else f"{failure['sentence']} {failure['advice']}".strip(),
     )
+
+
+def _own_tools(given: Mapping[str, str]) -> dict[str, str]:
+    """This Python's folder first on PATH: ninja, which compiles DeepSpeed's ops, lies there, and
+    an environment that was not activated is not on PATH."""
+    own = str(Path(sys.executable).parent)
+    return {"PATH": os.pathsep.join(filter(None, (own, given.get("PATH"))))}
 
 
 def _plain_architectures(given: Mapping[str, str]) -> dict[str, str]:
