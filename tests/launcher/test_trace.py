@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -127,3 +129,16 @@ def test_adagrad_has_its_states_before_the_first_step() -> None:
     result = trace(LLAMA, {**SMALL, "optimizer": "adagrad"}, steps=1)
     states = result.step(1)["forward"].start - result.step(0)["prepare"].end
     assert states >= result.parameters * 2
+
+
+def test_a_trace_leaves_the_config_as_it_was() -> None:
+    """transformers completes tables of a config in place; the caller's dict is the caller's."""
+    from vramplan_launcher.trace import api
+
+    from vramplan.recipe.recipe import Recipe
+
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    config = {**LLAMA, "rope_scaling": scaling}
+    before = deepcopy(config)
+    api.run(config, Recipe(batch_size=1, seq_len=64))
+    assert config == before

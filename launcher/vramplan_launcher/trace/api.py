@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -206,9 +207,10 @@ def run(
     from vramplan_launcher.trace.scaling import run_deep
 
     kind = config.get("model_type")
+    own = deepcopy(dict(config))  # transformers rewrites tables in place (rope_scaling)
     try:
         with silent():
-            return run_deep(dict(config), recipe, compute_capability=capability, code=code)
+            return run_deep(own, recipe, compute_capability=capability, code=code)
     except UserError:
         raise
     except Exception as error:
