@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from vramplan.errors import UserError
 from vramplan.hardware.catalogue import parse_gpu
 from vramplan.memory.estimate import estimate, resolve
 from vramplan.models.architecture import Architecture
 from vramplan.planner.candidates import FITS, HOST, TOO_LARGE
 from vramplan.planner.clock import seconds_of
 from vramplan.planner.goal import Goal
+from vramplan.planner.plan import fit, plan_for
 from vramplan.planner.rank import best_of, front, picked
 from vramplan.planner.search import Evaluator, Searched, nearest_misses, search
 from vramplan.planner.space import Space
@@ -48,6 +50,39 @@ def test_what_is_needed_is_what_the_facade_says(model: str, card: str) -> None:
         said = estimate(arch, draft.recipe, gpus)
         assert (mine.required, mine.managed, mine.fits) == (said.required, said.managed, said.fits)
         assert evaluator.floor(draft.recipe) <= said.required
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch_fused", "adafactor"])
+@pytest.mark.parametrize("model", ["meta-llama/Llama-3.2-1B", "Qwen/Qwen3-30B-A3B"])
+def test_floors_under_zero_are_below_what_is_needed(model: str, optimizer: str) -> None:
+    _, arch, _ = resolve(model)
+    gpus = parse_gpu("4xh100-80gb")
+    evaluator = Evaluator(arch, gpus)
+    floors = {}
+    for stage in (1, 2, 3):
+        pins = {"zero": stage, "optimizer": optimizer, "gradient_checkpointing": True}
+        goal = Goal(effective_batch=4, seq_len=64, pins=pins)
+        for draft in Space(arch, gpus.gpu, gpus.count, goal, whole=False).drafts():
+            try:
+                needed = evaluator.needed(draft.recipe).required
+            except UserError:
+                continue
+            floor = evaluator.floor(draft.recipe)
+            assert floor <= needed
+            floors[draft.recipe] = floor / needed
+    assert max(floors.values()) > 0.5
+
+
+@pytest.mark.parametrize(
+    ("model", "card"),
+    [("meta-llama/Llama-3.1-8B", "24GB"), ("meta-llama/Llama-3.2-1B", "2xrtx-4090")],
+)
+def test_looking_for_the_pick_alone_finds_the_same(model: str, card: str) -> None:
+    """And evaluates less: a method that has a plan on the cards ends the search."""
+    plan = fit(model, card)
+    alone = plan_for(plan, plan.gpus)
+    assert alone.pick == plan.pick
+    assert alone.evaluated < plan.evaluated
 
 
 @pytest.mark.parametrize("model", ["meta-llama/Llama-3.2-1B", "openai-community/gpt2-medium"])

@@ -1,9 +1,10 @@
 """Evaluating a space: what every draft needs, whether it fits, and how long its step takes.
 
 Plain runs on one card share the walk through their program: for a micro-batch it is the same under
-every optimizer. Two bounds save most of the work, and change no answer: a draft that another one
-is no worse than (space.NO_BETTER) is not evaluated, and where weights, states and gradients alone
-exceed the card, nothing is compiled.
+every optimizer. Three bounds save most of the work, and change no answer: a draft that another one
+is no worse than (space.NO_BETTER) is not evaluated; where weights, states and gradients alone
+exceed the card, nothing is compiled; and where only the pick is asked for (Space.whole False), a
+method that has a plan on the cards ends the search, as none after it can be picked.
 """
 
 from __future__ import annotations
@@ -17,14 +18,17 @@ from vramplan.hardware.gpu import Gpus
 from vramplan.hardware.measured_overheads import Measured, overhead_of
 from vramplan.memory import allocator
 from vramplan.memory.estimate import Estimate, estimate
+from vramplan.memory.optimizer_states import FP32, state_tensors
 from vramplan.memory.optimizers import stepping
-from vramplan.memory.precision import policy_of
+from vramplan.memory.precision import Policy, policy_of
 from vramplan.memory.program import Point, Program
-from vramplan.memory.states import layout
+from vramplan.memory.ranks import weights_in_order
+from vramplan.memory.states import Trained, layout
 from vramplan.memory.timeline import Parts, parts, run_timeline
 from vramplan.models.architecture import Architecture
 from vramplan.planner.candidates import FITS, HOST, TOO_LARGE, Candidate
 from vramplan.planner.space import NO_BETTER, Draft, Refusal, Space
+from vramplan.recipe.deepspeed import DeepSpeed
 from vramplan.recipe.optimizers import find_optimizer
 from vramplan.recipe.recipe import Recipe
 from vramplan.timing.links import paging_seconds
@@ -147,17 +151,30 @@ class Evaluator:
         return found[1]
 
     def floor(self, recipe: Recipe) -> int:
-        """Bytes that a plain run needs at the least, without compiling it: what stays, gradients
-        at the step, the context."""
-        if recipe.deepspeed is not None:
-            return 0
+        """Bytes that a run needs at the least, without compiling it: what stays and gradients at
+        the step; under ZeRO the rank's share of weights, masters and states."""
         policy = policy_of(recipe, self.arch, self._capability)
+        if recipe.deepspeed is not None:
+            return zero_floor(self.arch, policy, recipe, recipe.deepspeed)
         weights = layout(self.arch, policy, recipe.allocator)
         optimizer = find_optimizer(recipe.optimizer)
         steps = stepping(optimizer, weights, recipe.allocator, policy.projection)
         gradients = 0 if steps.in_backward else weights.gradients
         stays = weights.weights + steps.states + gradients
         return stays + allocator.slack(stays, recipe.allocator)
+
+
+def zero_floor(arch: Architecture, policy: Policy, recipe: Recipe, zero: DeepSpeed) -> int:
+    """As Evaluator.floor. Padding and persistent weights only add to it."""
+    weights = weights_in_order(arch, policy, recipe.allocator)
+    shared = recipe.world_size if zero.stage == 3 else 1
+    held = 0 if zero.offload_param else sum(w.nbytes for w in weights) // shared
+    if zero.stage and not zero.offload_optimizer:
+        mine = sum(w.numel for w in weights if w.trains) // recipe.world_size
+        flat = Trained("flat", mine, FP32, 1, False, (mine,))
+        states = state_tensors(find_optimizer(recipe.optimizer), flat)
+        held += mine * FP32 + sum(n for n, paged in states if n > FP32 and not paged)
+    return held + allocator.slack(held, recipe.allocator)
 
 
 class Searched(NamedTuple):
@@ -176,7 +193,10 @@ def search(space: Space, evaluator: Evaluator, clock: Clock, *, pruning: bool = 
     found: list[Candidate] = []
     refused: list[Refusal] = []
     evaluated = 0
+    settled = None  # the method that has a plan on the cards
     for draft in space.drafts():
+        if settled not in (None, draft.method) and not space.whole:
+            break
         if draft.verdict and (pruning or draft.verdict != NO_BETTER):
             found.append(_unevaluated(draft))
             continue
@@ -187,6 +207,8 @@ def search(space: Space, evaluator: Evaluator, clock: Clock, *, pruning: bool = 
             continue
         evaluated += not candidate.at_least
         found.append(timed(candidate, evaluator, clock) if candidate.fits else candidate)
+        if settled is None and candidate.fits and candidate.stays:
+            settled = draft.method
     return Searched(found, refused, evaluated)
 
 

@@ -61,7 +61,7 @@ class Space:
     ) -> None:
         self.arch, self.gpu, self.count, self.goal = arch, gpu, count, goal
         self.whole = whole
-        """False: what would not be evaluated is left out."""
+        """False: only what can be picked is wanted."""
         self.refused: list[Refusal] = []
         """Filled while the drafts are made."""
 
