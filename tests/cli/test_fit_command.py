@@ -113,6 +113,17 @@ def test_nothing_fits_is_an_answer() -> None:
         (("--max-steps", "3"), "--max-steps means nothing without --launch"),
         (("--cpu",), "--cpu means nothing without --launch"),
         (("--host-memory", "64"), "host memory is '64'"),
+        (("--price", "inf"), "price is inf"),
+        (("--method", ""), "unknown method ''"),
+        (("--method", "full", "--lora-rank", "8"), "options of LoRA and --method full contradict"),
+        (("--lora-targets", "q_porj"), "unknown target module 'q_porj'"),
+        (("--method", "full,lora", "--lora-targets", "q_porj"), "nearest: 'q_proj'"),
+        (("--nvme-path", "/mnt"), "nvme_path '/mnt' with nothing that goes there"),
+        (("--gpu", "v100-16gb", "--attention", "flash_attention_2"), "can't run flash_attention"),
+        (("--gpu", "v100-16gb,t4", "--attention", "flash_attention_2"), "Use sdpa"),
+        (("--all",), "--all means nothing without --json"),
+        (("--which-gpu", "--launch"), "--which-gpu and --launch contradict"),
+        (("--which-gpu", "--save", "x.json"), "--which-gpu and --save contradict"),
     ],
 )
 def test_wrong_input(arguments: tuple[str, ...], said: str) -> None:
@@ -156,6 +167,30 @@ def test_another_tools_file(tmp_path: Path) -> None:
     recipe = document["recipe"]
     assert (recipe["batch_size"], recipe["gradient_accumulation_steps"]) == (2, 4)
     assert document["goal"]["effective_batch"] == 8
+
+
+def test_an_option_of_lora_decides_for_adapters() -> None:
+    """As it does for `estimate`."""
+    document = json.loads(run(MODEL, "--gpu", "80GB", "--lora-rank", "64", "--json").output)
+    assert (document["method"], document["recipe"]["lora"]["rank"]) == ("lora", 64)
+    both = run(MODEL, "--gpu", "80GB", "--method", "full,lora", "--lora-rank", "64", "--json")
+    assert json.loads(both.output)["method"] == "full"
+
+
+def test_what_rounding_takes_is_said() -> None:
+    fused = run(MODEL, "--gpu", "80GB", "--method", "full").output
+    assert "Weights, gradients and states are bf16: small updates round away." in fused
+    paged = run(MODEL, "--gpu", "80GB", "--method", "full", "--optimizer", "paged_adamw_32bit")
+    assert "- Weights and gradients are bf16: small updates round away." in paged.output
+    wide = run(MODEL, "--gpu", "80GB", "--method", "full", "--dtype", "fp32").output
+    assert "round away" not in wide
+
+
+def test_of_unlike_cards_one_kind_may_be_enough() -> None:
+    decided = ("--world-size", "2", "--attention", "flash_attention_2")
+    result = run(MODEL, "--gpu", "v100-16gb,2x24GB", *decided, "--json")
+    document = json.loads(result.output)
+    assert (document["gpu"]["id"], document["recipe"]["world_size"]) == ("24gb", 2)
 
 
 def test_saving(tmp_path: Path) -> None:

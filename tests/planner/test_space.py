@@ -24,6 +24,16 @@ def drafts(arch: Architecture, goal: Goal = Goal(), card: str = "rtx-4090") -> l
     return list(Space(arch, gpus.gpu, gpus.count, goal).drafts())
 
 
+def test_attention_that_there_is_none_of_is_no_recipe() -> None:
+    """transformers refuses BLOOM with sdpa by name; FlashAttention-2 has no kernel for Volta."""
+    bloom = resolve("bigscience/bloom-560m")[1]
+    assert not list(Space(bloom, CARD.gpu, 1, Goal(pins={"attention": "sdpa"})).drafts())
+    volta = parse_gpu("v100-16gb").gpu
+    llama = resolve("meta-llama/Llama-3.2-1B")[1]
+    pinned = Goal(pins={"attention": "flash_attention_2"})
+    assert not list(Space(llama, volta, 1, pinned).drafts())
+
+
 def test_the_default_space_has_thousands_and_no_two_alike(llama_8b: Architecture) -> None:
     found = drafts(llama_8b)
     assert len(found) > 5_000

@@ -53,10 +53,14 @@ def command(
     Exit code: 0 if a plan was found, 1 if nothing fits, 2 if the input is wrong.
     """
     from vramplan.cli.fit_launch import check_card, launched, take
+    from vramplan.errors import UserError
 
     options = take(goal)
     wanted = goal_of(asked, goal)
+    if everything and not asked.as_json:
+        raise UserError("--all means nothing without --json")
     if which_gpu:
+        _check_alone({"--launch": goal["launch"], "--save": path, "--all": everything})
         ctx.exit(_which(asked, wanted))
     if goal["launch"]:
         check_card(asked.card, cpu=options["cpu"])
@@ -122,6 +126,15 @@ def _steps(plan: Plan) -> list[Step]:
     from vramplan.planner.explain import larger_card, more_cards
 
     return [step for step in (larger_card(plan), more_cards(plan)) if step is not None]
+
+
+def _check_alone(options: dict[str, Any]) -> None:
+    """Raises UserError for an option that has no sense beside --which-gpu."""
+    from vramplan.planner.goal import contradiction
+
+    for name, value in options.items():
+        if value:
+            raise contradiction("--which-gpu", name, "it compares cards, and makes no plan")
 
 
 def _which(asked: Asked, goal: Goal) -> int:

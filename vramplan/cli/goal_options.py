@@ -107,19 +107,19 @@ def _methods(named: str | None, lora: Any, chosen: dict[str, Any]) -> tuple[Any,
     fields |= given
     methods: tuple[str, ...] | None = None
     if named is None:
-        if wanted is not None or lora is not None:
+        if wanted is not None or lora is not None or given:
             methods = ("full",) if wanted is False else _ADAPTED
     else:
-        methods = tuple(n for name in named.split(",") if (n := name.strip().lower()))
+        methods = tuple(n for name in named.split(",") if (n := name.strip().lower())) or (named,)
     if wanted is False and (given or (named is not None and methods != ("full",))):
         from vramplan.planner.goal import contradiction
 
         other = "options of LoRA" if given else f"--method {named}"
         raise contradiction("--no-lora", other)
-    if wanted and methods == ("full",):
+    if (wanted or given) and methods == ("full",):
         from vramplan.planner.goal import contradiction
 
-        raise contradiction("--lora", f"--method {named}")
+        raise contradiction("--lora" if wanted else "options of LoRA", f"--method {named}")
     return methods, fields or None
 
 

@@ -62,7 +62,12 @@ def _empty(space: Space, decisions: tuple[tuple[str, Any], ...]) -> str | None:
             return None
     except UserError as error:
         return str(error)
-    return trial.refused[0].reason if trial.refused else "no micro-batch is left"
+    if not trial.refused:
+        return "no micro-batch is left"
+    usual = Space(space.arch, space.gpu, space.count, base)
+    list(usual.drafts())  # what is refused whatever is decided
+    reasons = [refusal.reason for refusal in trial.refused if refusal not in usual.refused]
+    return (reasons or [trial.refused[0].reason])[0]
 
 
 def _said(decision: tuple[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from math import inf
 from typing import Any, Literal
 
 from vramplan.errors import IllegalRecipe, InvalidValue, UnknownName
@@ -67,7 +68,7 @@ class Goal:
             object.__setattr__(self, "methods", _methods(self.methods))
         for name in ("seq_len", "effective_batch", "tokens"):
             _check_count(name, getattr(self, name))
-        if self.price is not None and not (_is_number(self.price) and self.price >= 0):
+        if self.price is not None and not (_is_number(self.price) and 0 <= self.price < inf):
             raise InvalidValue("price", self.price, "dollars an hour, of at least 0")
         if self.objective not in OBJECTIVES:
             raise UnknownName("objective", self.objective, OBJECTIVES)
@@ -119,9 +120,7 @@ class Goal:
 
 def _methods(names: object) -> tuple[str, ...]:
     given = (names,) if isinstance(names, str) else names
-    if not isinstance(given, Iterable):
-        raise InvalidValue("methods", names, f"one or more of {', '.join(METHODS)}, or None")
-    given = tuple(given)
+    given = tuple(given) if isinstance(given, Iterable) else ()
     for name in given:
         if name not in METHODS:
             raise UnknownName("method", name, METHODS, closest=_SAME_AS.get(str(name).lower()))
@@ -216,6 +215,11 @@ def _check_zero(pins: Mapping[str, Any]) -> None:
     if "deepspeed" in pins and named:
         raise contradiction("deepspeed", named[0].replace("_", " "), "one holds the other")
     path = pins.get("nvme_path")
+    if path is not None and "nvme" not in [pins.get(name) for name in _OFFLOADS]:
+        raise IllegalRecipe(
+            f"nvme_path {path!r} with nothing that goes there: add offload_optimizer nvme "
+            "(--offload-optimizer nvme) or offload_param nvme (--offload-param nvme)"
+        )
     stage = pins.get("zero", 3)
     for name in _OFFLOADS:
         if pins.get(name) is None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from vramplan.errors import IllegalRecipe
+from vramplan.errors import IllegalRecipe, UserError
 from vramplan.hardware.gpu import Gpus
 from vramplan.memory.estimate import Estimate, Model, estimate, resolve
 from vramplan.models.architecture import Architecture
@@ -183,7 +183,14 @@ def fit(model: Model, gpus: Cards = None, goal: Goal = Goal()) -> Plan:  # noqa:
     """
     name, arch, notes = resolve(model)
     groups, said = groups_of(gpus)
-    plans = [_planned(name, model, arch, group, goal) for group in groups]
+    plans, errors = [], []
+    for group in groups:
+        try:
+            plans.append(_planned(name, model, arch, group, goal))
+        except UserError as error:  # of this kind of card: another may do
+            errors.append(error)
+    if not plans:
+        raise errors[0]
     best = min(plans, key=lambda plan: _order(plan, goal))
     return replace(best, notes=(*notes, *said))
 

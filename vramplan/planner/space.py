@@ -12,7 +12,8 @@ from functools import cache
 from itertools import product
 from typing import Any, NamedTuple
 
-from vramplan.errors import UserError
+from vramplan.errors import UnknownName, UserError
+from vramplan.hardware.catalogue import warnings_for
 from vramplan.hardware.gpu import Gpu
 from vramplan.memory.legality import WITHOUT_FLASH_ATTENTION_2, WITHOUT_SDPA, check_model
 from vramplan.models.architecture import Architecture
@@ -117,12 +118,20 @@ class Space:
         except UserError as error:
             reason: str | None = str(error)
         else:
-            reason = _refused(self.arch, recipe.lora, recipe.attention, recipe.seq_len)
+            reason = self._beyond_the_card(recipe.attention) or _refused(
+                self.arch, recipe.lora, recipe.attention, recipe.seq_len
+            )
             if reason is None:
                 return recipe
         if not any(known.reason == reason for known in self.refused):
             self.refused.append(Refusal(method, str(reason)))
         return None
+
+    def _beyond_the_card(self, attention: str) -> str | None:
+        """Why no kernel runs it there; None: one does."""
+        if attention != "flash_attention_2" or self.gpu.supports_flash_attention_2:
+            return None
+        return warnings_for(self.gpu, uses_bf16=False, attention=attention)[0]
 
     def _pinned(self, name: str, choices: Sequence[Choice]) -> Sequence[Choice]:
         """What is pinned, or all of `choices`."""
@@ -300,8 +309,12 @@ def default_lora(arch: Architecture) -> LoRA:
 @cache
 def _refused(arch: Architecture, lora: LoRA | None, attention: Any, seq_len: int) -> str | None:
     """Why this model can't be run so; None: it can."""
+    if attention == "sdpa" and arch.family in WITHOUT_SDPA:
+        return f"attention 'sdpa' with {arch.family}: transformers has none for it. Use 'eager'"
     try:
         check_model(arch, Recipe(lora=lora, attention=attention, seq_len=seq_len))
+    except UnknownName:  # no combination to leave out, but a slip
+        raise
     except UserError as error:
         return str(error)
     return None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from vramplan.planner.goal import METHOD_NAMES
+from vramplan.recipe.optimizers import find_optimizer
 from vramplan.recipe.recipe import LoRA
 from vramplan.units import format_bytes
 
@@ -80,26 +82,29 @@ def considered_said(plan: Plan) -> str:
 
 def notes_of(plan: Plan) -> list[str]:
     """What was assumed, or should be known."""
-    said = list(plan.notes)
-    pick = plan.pick
-    if pick is None:
-        return said
-    needed = plan.estimate
-    said += [f"{note}." for note in plan.step_of(pick).notes]
-    if needed is not None:
-        said += [f"{warning}." for warning in needed.warnings]
+    return [f"{note.rstrip('.')}." for note in (*plan.notes, *_notes_of_the_pick(plan))]
+
+
+def _notes_of_the_pick(plan: Plan) -> Iterator[str]:
+    pick, needed = plan.pick, plan.estimate
+    if pick is None or needed is None:
+        return
+    yield from plan.step_of(pick).notes
+    yield from needed.warnings
     if not pick.stays:
-        said.append(host_said(plan))
-    if pick.method == "full" and pick.recipe.dtype != "fp32" and pick.recipe.deepspeed is None:
-        said.append(
-            f"Weights, gradients and AdamW's states are {pick.recipe.dtype}: small updates round "
-            f"away. --dtype fp32 plans with fp32 weights{_fp32_said(plan)}."
+        yield host_said(plan)
+    recipe = pick.recipe
+    if pick.method == "full" and recipe.dtype != "fp32" and recipe.deepspeed is None:
+        own = find_optimizer(recipe.optimizer).bits is None  # of the states: the weights' dtype
+        yield (
+            f"{'Weights, gradients and states' if own else 'Weights and gradients'} are "
+            f"{recipe.dtype}: small updates round away. --dtype fp32 plans with fp32 weights"
+            f"{_fp32_said(plan)}"
         )
     decided = plan.goal.lora
     open_dropout = not isinstance(decided, LoRA) and "dropout" not in (decided or {})
     if pick.method != "full" and open_dropout and not _dropout(pick):
-        said.append("LoRA without dropout: peft refuses dropout where experts are adapted.")
-    return said
+        yield "LoRA without dropout: peft refuses dropout where experts are adapted"
 
 
 def host_said(plan: Plan) -> str:
