@@ -40,6 +40,12 @@ def test_not_even_one() -> None:
     assert "none, even 1 " in result.output
 
 
+def test_the_default_sequence_is_one_that_the_model_has() -> None:
+    document = json.loads(run("openai-community/gpt2", "--gpu", "24GB", "--json").output)
+    assert [limit["recipe"]["seq_len"] for limit in document["limits"]] == [1024, 1024]
+    assert run("openai-community/gpt2", "--gpu", "24GB", "--seq-len", "2048").exit_code == 2
+
+
 def test_wrong_input() -> None:
     result = run(MODEL, "--gpu", "nothing")
     assert result.exit_code == 2

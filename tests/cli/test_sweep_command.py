@@ -62,6 +62,12 @@ def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         (("--over", "seq"), "--over is 'seq'"),
         (("--over", "seq=1", "--over", "seq=2"), "given twice"),
         (("--over", "seq=256", "--plot", "a.pdf"), "a .png or .svg file"),
+        (("--over", "seq=256", "--plot", "no/such/a.png"), "there is no folder 'no/such'"),
+        (("--over", "seq=0"), "seq_len is 0"),
+        (("--over", "lora-dropout=0,2"), "lora.dropout is 2.0"),
+        (("--over", "zero=5"), "deepspeed.stage is 5"),
+        (("--over", "seq=256", "--random-weights"), "means nothing without --launch"),
+        (("--over", "seq=256", "--csv", "--json"), "leave one of them out"),
     ],
 )
 def test_wrong_input(arguments: tuple[str, ...], said: str) -> None:
@@ -78,6 +84,52 @@ def test_over_zero_is_over_all_cards() -> None:
 
 def test_none_fits() -> None:
     assert run("meta-llama/Llama-3.1-8B", "--gpu", "8GB", "--over", "batch=1,2").exit_code == 1
+
+
+def test_no_gpu_to_launch_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no --cpu here to point to."""
+    from vramplan.hardware import nvml
+
+    monkeypatch.setattr(nvml, "gpus_here", lambda: ([], "This machine has no NVIDIA driver."))
+    pytest.importorskip("torch")
+    result = run(GPT2, "--gpu", "24GB", "--over", "seq=256", "--launch")
+    assert result.exit_code == 2
+    assert "--launch needs a GPU" in result.output
+    assert "--cpu" not in result.output
+
+
+def test_what_a_plot_shows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Required memory against the card's; of measured runs, what torch counts in both."""
+    pytest.importorskip("matplotlib")
+    from dataclasses import replace
+
+    from matplotlib.figure import Figure
+
+    from vramplan.planner.sweep import sweep
+    from vramplan.recipe.recipe import Recipe
+    from vramplan.reports.plot import draw
+    from vramplan.units import GIB
+
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: drawn.append(figure))
+    over = {"seq_len": (128, 256, 1024), "batch_size": (1,)}
+    found = sweep(GPT2, Recipe(), over, "24GB")
+    draw(found, tmp_path / "a.png")
+    rows = tuple(replace(row, measured_peak=2**30) for row in found.rows)
+    draw(replace(found, rows=rows), tmp_path / "b.png")
+    short = Recipe(seq_len=256)
+    draw(sweep(GPT2, short, {"optimizer": ("sgd", "adafactor")}), tmp_path / "c.png")
+    draw(sweep(GPT2, Recipe(seq_len=2048), {"batch_size": (1, 2)}), tmp_path / "refused.png")
+    plain, measured, names, refused = (figure.axes[0] for figure in drawn)
+    assert not refused.lines
+    assert plain.get_xlabel() == "seq_len"  # the last with several values
+    assert plain.get_xscale() == "log"
+    sizes = [row.required / GIB for row in found.rows if row.required]
+    assert list(plain.lines[0].get_ydata()) == sizes
+    peaks = [row.peak_allocated / GIB for row in found.rows if row.peak_allocated]
+    assert list(measured.lines[0].get_ydata()) == peaks
+    assert list(measured.lines[1].get_ydata()) == [1.0] * 3
+    assert names.lines[0].get_linestyle() == "None"  # nothing lies between two names
 
 
 def test_measured_beside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -101,6 +153,9 @@ def test_measured_beside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
         )
 
     monkeypatch.setattr(running, "launch", launch)
+    text = run(GPT2, "--gpu", "24GB", "--over", "seq=256,512,2048", "--launch").stdout
+    assert "its run failed: It fell over." in text
+    assert max(map(len, text.splitlines())) <= 80
     result = run(GPT2, "--gpu", "24GB", "--over", "seq=256,512,2048", "--launch", "--json")
     # click 8.1's runner puts what goes to stderr before it
     rows = json.loads(result.stdout[result.stdout.index("{") :])["rows"]

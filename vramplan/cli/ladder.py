@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vramplan.cli.asked import Asked, command_about_a_run
+from vramplan.cli.sweep_launch import LAUNCH_OPTIONS, check_launch
 
 if TYPE_CHECKING:
     from vramplan.hardware.gpu import Gpus
@@ -20,8 +21,8 @@ _START = {
 }
 
 
-@command_about_a_run("ladder", cards="what is in this machine", defaults=_START)
-def command(ctx: click.Context, asked: Asked) -> None:
+@command_about_a_run("ladder", *LAUNCH_OPTIONS, cards="what is in this machine", defaults=_START)
+def command(ctx: click.Context, asked: Asked, *, launch: bool, random_weights: bool) -> None:
     """Show what each way to save memory does for MODEL, one on top of the other.
 
     It begins with full fine-tuning in fp32 with eager attention, the default allocator and no
@@ -31,6 +32,7 @@ def command(ctx: click.Context, asked: Asked) -> None:
     """
     from vramplan.planner.ladder import ladder, start_of
 
+    check_launch(launch, random_weights)
     located = asked.located() if asked.offline else None
     found = ladder(
         located.config if located else asked.model, start_of(_given(asked)), _gpus(asked)
@@ -39,6 +41,10 @@ def command(ctx: click.Context, asked: Asked) -> None:
         from dataclasses import replace
 
         found = replace(found, id=located.id)
+    if launch:
+        from vramplan.cli.sweep_launch import measured_ladder
+
+        found = measured_ladder(found, asked, random_weights=random_weights)
     if asked.as_json:
         import json
 

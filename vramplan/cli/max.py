@@ -17,13 +17,15 @@ def command(ctx: click.Context, asked: Asked) -> None:
     Exit code: 0 if something fits, 1 if not even one token does, 2 if the input is wrong.
     """
     from vramplan.planner.cards import groups_of
-    from vramplan.planner.limits import limits
+    from vramplan.planner.limits import limits, within_positions
 
     recipe = asked.recipe()
     groups, _ = groups_of(asked.card)
     # Of unlike cards, the one that has most room.
     gpus = max(groups, key=lambda g: g.gpu.capacity if g.free is None else g.free)
     model = asked.located().config if asked.offline else asked.model
+    if asked.fields["seq_len"] is None and asked.recipe_file is None:
+        recipe = within_positions(model, recipe)
     found = limits(model, recipe, gpus, _wanted(asked))
     if asked.as_json:
         import json

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from vramplan.cli.asked import Asked, command_about_a_run
+from vramplan.cli.sweep_launch import LAUNCH_OPTIONS, check_launch
 
 if TYPE_CHECKING:
     from vramplan.planner.sweep import Sweep
@@ -23,8 +24,7 @@ if TYPE_CHECKING:
     ),
     click.option("--csv", "as_csv", is_flag=True, help="Print CSV instead of text."),
     click.option("--plot", metavar="FILE", help="Draw it: .png or .svg. Needs vramplan[plot]."),
-    click.option("--launch", is_flag=True, help="Run each for real, and show both."),
-    click.option("--random-weights", is_flag=True, help="Of --launch: there is no checkpoint."),
+    *LAUNCH_OPTIONS,
     cards="what is in this machine",
 )
 def command(
@@ -41,14 +41,21 @@ def command(
 
     Exit code: 0 if one of them fits or no GPU is known, 1 if none does, 2 if the input is wrong.
     """
+    from vramplan.errors import UserError
+
+    check_launch(launch, random_weights)
+    if as_csv and asked.as_json:
+        raise UserError("--csv and --json are both what to print: leave one of them out")
+    if plot is not None:
+        from vramplan.reports.plot import check, draw
+
+        check(Path(plot))  # before anything runs
     found = _swept(asked, over)
     if launch:
-        from vramplan.cli.sweep_launch import measured
+        from vramplan.cli.sweep_launch import measured_sweep
 
-        found = measured(found, asked, random_weights=random_weights)
+        found = measured_sweep(found, asked, random_weights=random_weights)
     if plot is not None:
-        from vramplan.reports.plot import draw
-
         draw(found, Path(plot))
     if asked.as_json:
         import json

@@ -47,6 +47,11 @@ class Rung:
     """Whether the trained model is another one than the rung's before."""
     flags: tuple[str, ...]
     """What to add to the command line."""
+    measured_peak: int | None = None
+    """torch's peak in a real run; None: it was not run."""
+    measured_seconds: float | None = None
+    why: str = ""
+    """Of a real run that failed."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

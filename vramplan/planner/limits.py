@@ -55,6 +55,13 @@ def largest_batch(model: Model, recipe: Recipe, gpu: str | Gpu | Gpus) -> Limit:
     return _limit(model, recipe, gpu, "batch_size")
 
 
+def within_positions(model: Model, recipe: Recipe) -> Recipe:
+    """`recipe` with no longer a sequence than the model's learned positions, for where its length
+    was not chosen."""
+    end, _ = _end(resolve(model)[1], "seq_len")
+    return recipe if recipe.seq_len <= end else replace(recipe, seq_len=end)
+
+
 def _limit(model: Model, recipe: Recipe, gpu: str | Gpu | Gpus, field: str) -> Limit:
     _, arch, _ = resolve(model)
     gpus = cards(gpu)

@@ -38,7 +38,7 @@ class Row:
     recipe: Recipe | None
     """None: the libraries refuse it."""
     why: str = ""
-    """Of a refused one: their reason."""
+    """Of a refused one: their reason. Of a real run that failed: what was said."""
     peak_allocated: int | None = None
     required: int | None = None
     fits: bool | None = None
@@ -113,7 +113,7 @@ def sweep(
         try:
             changed = with_values(recipe, values)
             needed = estimate(arch, changed, gpus)
-        except UnknownName:
+        except (UnknownName, InvalidValue):  # whatever it is combined with
             raise
         except UserError as error:
             rows.append(Row(values=values, recipe=None, why=str(error)))

@@ -16,7 +16,8 @@ _BAR = 14
 
 def show(found: Ladder, look: Look = Look()) -> str:  # noqa: B008
     """The whole report, at most `look.width` columns."""
-    parts = [_head(found, look), _rungs(found, look), _skipped(found, look), _list(found, look)]
+    sections = (_head, _rungs, _measured, _skipped, _list)
+    parts = [section(found, look) for section in sections]
     return "\n\n".join("\n".join(part) for lines in parts if (part := list(lines)))
 
 
@@ -55,6 +56,23 @@ def _row(rung: Rung, most: int, first: float | None, look: Look) -> str:
         row += f"{rung.seconds / first:>7.2f} x"
     bar = ("\u2588" if look.blocks else "#") * round(_BAR * rung.required / most)
     return f"{row}  {look.paint(bar, 'bar')}" if look.width >= 80 else row
+
+
+def _measured(found: Ladder, look: Look) -> Iterator[str]:
+    """Peaks of real runs beside what was predicted of them."""
+    run = [rung for rung in found.rungs if rung.measured_peak is not None or rung.why]
+    if run:
+        head = f"{'Run for real':<26}{'peak':>11}{'measured':>11}{'error':>9}"
+        yield look.paint(head, "heading")
+    for rung in run:
+        row = f"  {rung.name[:24]:<24}{format_bytes(rung.peak_allocated):>11}"
+        if rung.measured_peak is None:
+            first, *more = wrap(f"failed: {rung.why}", look.width - len(row) - 2)
+            yield f"{row}  {first}"
+            yield from (" " * (len(row) + 2) + line for line in more)
+        else:
+            error = 100 * (rung.peak_allocated / rung.measured_peak - 1)
+            yield f"{row}{format_bytes(rung.measured_peak):>11}{error:>+8.2f}%"
 
 
 def _skipped(found: Ladder, look: Look) -> Iterator[str]:

@@ -24,13 +24,14 @@ def _lines(found: Sweep, look: Look) -> Iterator[str]:
         yield look.paint(line, "heading")
     measured = any(row.measured_peak is not None for row in found.rows)
     widths = {
-        name: max(len(_short(name)), *(len(_word(value)) for value in values)) + 2
+        name: max(len(_short(name)), *(len(word(value)) for value in values)) + 2
         for name, values in found.over.items()
     }
     head = "".join(f"{_short(name):>{width}}" for name, width in widths.items())
     head += f"{'peak':>11}{'required':>11}"
     if found.gpus is not None:
-        head += f"{'fits':>6}{'s a step':>10}{'tokens/s':>10}"
+        head += f"{'fits':>6}{'s a step':>10}"
+        head += "" if measured else f"{'tokens/s':>10}"  # two columns more would be too many
     if measured:
         head += f"{'measured':>11}{'error':>8}"
     yield look.paint(head, "heading")
@@ -41,7 +42,7 @@ def _lines(found: Sweep, look: Look) -> Iterator[str]:
 def _row(
     row: Row, widths: dict[str, int], found: Sweep, measured: bool, look: Look
 ) -> Iterator[str]:
-    line = "".join(f"{_word(row.values[name]):>{width}}" for name, width in widths.items())
+    line = "".join(f"{word(row.values[name]):>{width}}" for name, width in widths.items())
     if row.recipe is None:
         first, *more = wrap(f"refused: {row.why}", max(20, look.width - len(line) - 2))
         yield f"{line}  {first}"
@@ -50,18 +51,22 @@ def _row(
     line += f"{format_bytes(row.peak_allocated or 0):>11}{format_bytes(row.required or 0):>11}"
     if found.gpus is not None:
         line += look.paint(f"{'yes' if row.fits else 'no':>6}", "good" if row.fits else "bad")
-        line += f"{row.seconds or 0:>10.3g}{row.tokens_per_second or 0:>10,.0f}"
+        line += f"{row.seconds or 0:>10.3g}"
+        line += "" if measured else f"{row.tokens_per_second or 0:>10,.0f}"
     if measured and row.measured_peak is not None:
         error = 100 * ((row.peak_allocated or 0) / row.measured_peak - 1)
         line += f"{format_bytes(row.measured_peak):>11}{error:>+7.2f}%"
     yield line
+    if row.why:
+        yield from (f"    {part}" for part in wrap(f"its run failed: {row.why}", look.width - 4))
 
 
 def _short(name: str) -> str:
     return name.removeprefix("lora_") if len(name) > 12 else name
 
 
-def _word(value: object) -> str:
+def word(value: object) -> str:
+    """A value as a person writes it."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "none" if value is None else str(value)
