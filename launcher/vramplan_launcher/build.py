@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,6 +30,9 @@ from vramplan_launcher.trace.build import (
     model_class,
     prepare_for_kbit,
 )
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 _DONE = "complete"
 
@@ -204,6 +207,13 @@ def deepspeed_values(job: Job, config: Mapping[str, Any]) -> dict[str, Any] | No
         values.pop("optimizer", None)
         values |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
     return values
+
+
+def on_the_processor(arguments: TrainingArguments) -> None:
+    """One name for the device: accelerate calls it "cpu:0" for several ranks (1.15, state.py,
+    set_device), which torch.load does not know, so that no checkpoint could be resumed."""
+    device = torch.device("cpu")
+    arguments.distributed_state.device = arguments.__dict__["_setup_devices"] = device
 
 
 def join_on_processor() -> None:

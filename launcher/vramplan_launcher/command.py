@@ -6,7 +6,6 @@ distributed/run.py (get_args_parser); DeepSpeed 0.19.8, launcher/runner.py (pars
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -117,7 +116,7 @@ def _torchrun(job: Path, processes: int, nodes: Nodes, child: str) -> list[str]:
         else:
             command += [f"--node-rank={nodes.rank}", f"--master-addr={host}"]
             command.append(f"--master-port={meeting}")
-    command.append(f"--nproc-per-node={_per_node(processes, nodes.count)}")
+    command.append(f"--nproc-per-node={per_node(processes, nodes.count)}")
     return [*command, "--module", child, str(job)]
 
 
@@ -131,7 +130,8 @@ def _deepspeed(processes: int, nodes: Nodes, port: int | None, visible: str | No
                 f"hostfile {str(nodes.hostfile)!r} has {slots} slots on {len(hosts)} machines, and "
                 f"the run has {processes} processes: set world_size to {slots}, or mend the slots"
             )
-        command.append(f"--hostfile={nodes.hostfile}")
+        # Over ssh even to a single machine, which need not be this one.
+        command += [f"--hostfile={nodes.hostfile}", "--force_multi"]
     elif nodes.count > 1:
         # Without a hostfile it takes the cards of the machine that it is started on, alone.
         raise UserError(
@@ -165,7 +165,8 @@ def _local_cards(processes: int, visible: str | None) -> str:
     return f"--include=localhost:{','.join(cards[:processes])}"
 
 
-def _per_node(processes: int, nodes: int) -> int:
+def per_node(processes: int, nodes: int) -> int:
+    """Processes on each of the machines. Raises UserError where they don't spread evenly."""
     if processes % nodes:
         raise UserError(
             f"{processes} processes on {nodes} machines: each machine has as many. Set world_size "
@@ -263,79 +264,6 @@ def deepspeed_env_file(environment: Mapping[str, str]) -> str:
         if "\n" in value:
             raise InvalidValue(name, value, "one line")
     return "".join(f"{name}={value}\n" for name, value in environment.items())
-
-
-# --- Slurm ----------------------------------------------------------------------------------
-
-
-def sbatch_script(
-    job: Path,
-    *,
-    nodes: int,
-    processes: int,
-    environment: Mapping[str, str],
-    log: Path,
-    name: str = "vramplan",
-    time: str | None = None,
-    options: Mapping[str, str] | None = None,
-    cores: int | None = None,
-    port: int = PORT,
-    child: str = CHILD,
-) -> str:
-    """A script for `sbatch`: one torchrun a machine, which meet at the first.
-
-    `processes` are those of all machines; `options` are further #SBATCH lines ({"partition":
-    "gpu"}); `cores` are those of a machine. The job file lies where every machine sees it.
-    """
-    _at_least("nodes", nodes, 1)
-    each = _per_node(processes, nodes)
-    head = {
-        "job-name": name,
-        "nodes": str(nodes),
-        "ntasks-per-node": "1",
-        "gpus-per-node": str(each),
-        "output": str(log),
-    }
-    if cores is not None:
-        head["cpus-per-task"] = str(cores)
-    if time is not None:
-        head["time"] = time
-    head |= options or {}
-    for key, value in head.items():
-        if not key.replace("-", "").isalnum() or "\n" in value:
-            raise InvalidValue(f"Slurm option {key!r}", value, "one line")
-    # Slurm reads the rest of such a line itself, without a shell's rules: quotes for blanks.
-    lines = [
-        f'#SBATCH --{key}="{value}"' if " " in value else f"#SBATCH --{key}={value}"
-        for key, value in head.items()
-    ]
-    exports = [f"export {key}={shlex.quote(value)}" for key, value in environment.items()]
-    run = [
-        shlex.quote(sys.executable),
-        "-m torch.distributed.run",
-        f"--nnodes={nodes}",
-        f"--nproc-per-node={each}",
-        "--rdzv-backend=c10d",
-        '--rdzv-id="$SLURM_JOB_ID"',
-        f'--rdzv-endpoint="$first:{port}"',
-        f"--module {child}",
-        shlex.quote(str(job)),
-    ]
-    return "\n".join(
-        [
-            "#!/bin/bash",
-            *lines,
-            "",
-            "set -euo pipefail",
-            *exports,
-            "",
-            "# All machines meet at the first.",
-            'first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
-            "srun --kill-on-bad-exit=1 \\",
-            "  " + " \\\n    ".join(run),
-            "",
-        ]
-    )
 
 
 def _at_least(thing: str, value: object, least: int) -> None:

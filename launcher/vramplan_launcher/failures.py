@@ -112,7 +112,7 @@ def _first_failure(returncode: int, text: str) -> tuple[int, int | None, str]:
         return int(last["code"]), int(last["rank"]), last["rest"]
     told = list(_DEEPSPEED.finditer(text))
     if told:
-        return int(told[-1]["code"]), None, ""
+        return int(told[0]["code"]), None, ""  # other machines' launchers follow
     return returncode, None, ""
 
 
@@ -201,4 +201,10 @@ def _last_words(code: int, root: str, text: str) -> _Found:
         ]
         if said:
             return "unknown", f"ended with {said[-1]}", "The log has the whole traceback."
+    if _ECHOED.search(text):
+        return (
+            "peer_lost",
+            "the connection to another rank was lost: it died, or its machine or network did",
+            "Look at that machine's log, or at each rank's first message in this one.",
+        )
     return "unknown", f"ended with exit code {code}, and no message", "Look at the end of the log."

@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,15 @@ from vramplan_launcher.command import (
     command_for,
     deepspeed_env_file,
     environment_for,
+    read_hostfile,
 )
 from vramplan_launcher.failures import diagnose
 from vramplan_launcher.files import write_json, write_text
-from vramplan_launcher.job import Job
+from vramplan_launcher.hosts import passed_on, without_names
+from vramplan_launcher.job import JOB, Job
 from vramplan_launcher.measurement import assemble, reports, write_measurement
 from vramplan_launcher.needs import free_stale_locks, group_of_one
-from vramplan_launcher.watch import Watch
+from vramplan_launcher.watch import GRACE, Watch
 
 LOG = "log.txt"
 CODES = {"ended": 0, "does_not_fit": 1, "refused": 2, "out_of_memory": 3, "failed": 4}
@@ -40,6 +43,9 @@ INTERRUPTED = 130
 _TAIL = 200_000
 """Characters of the log in which the cause of a failure is looked for."""
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_BEFORE = re.compile(
+    r"job\.(json|sbatch)|plan\.json|command\.sh|ds_config\.json|(log|slurm)-.*\.txt"
+)
 _LAST_WRITTEN = "trainer_state.json"
 """Trainer._save_checkpoint (transformers 5.17) writes it after everything else."""
 
@@ -55,6 +61,19 @@ class Launch:
     echo: bool = False
     """Show all that the ranks print."""
 
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """The ranks' machines where a hostfile names them."""
+        if self.nodes is None or self.nodes.hostfile is None:
+            return ()
+        slots = read_hostfile(self.nodes.hostfile)
+        return tuple(host for host, count in slots.items() for _ in range(count))
+
+    @property
+    def meets(self) -> bool:
+        """Whether each machine has a parent of its own."""
+        return self.nodes is not None and self.nodes.rendezvous is not None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
@@ -65,6 +84,8 @@ class Outcome:
     measurement: dict[str, Any] = field(repr=False)
     sentence: str = ""
     """What went wrong, and what to do about it."""
+    reporting: bool = True
+    """Of several parents, whether this one has the first rank, and tells of all."""
 
     @property
     def code(self) -> int:
@@ -95,6 +116,22 @@ def new_folder(wanted: Path, *, exactly: bool) -> Path:
             raise UserError(f"can't make {str(folder)!r}: {error.strerror}") from error
         return folder
     raise UserError(f"no free name after {str(wanted)!r}")
+
+
+def shared_folder(wanted: Path) -> Path:
+    """The run's folder where each machine has a parent: the first of them makes it.
+
+    Raises UserError for a folder that holds more than parents put there before a run begins.
+    """
+    wanted.mkdir(parents=True, exist_ok=True)
+    held = {path.name for path in wanted.iterdir() if not path.name.startswith(".")}
+    begun = [name for name in sorted(held) if not _BEFORE.fullmatch(name)]
+    if begun:
+        raise UserError(
+            f"{str(wanted)!r} holds {begun[0]} already, and a run's folder is never overwritten: "
+            "name another with --output, the same on each machine"
+        )
+    return wanted
 
 
 def folder_name(job: Job, model: str) -> str:
@@ -163,35 +200,17 @@ def launch(
     path = job.write(folder, **more)
     _write_ds_config(job, folder)
     local = local_processes(job, how)
-    command = command_for(
-        path.resolve(), processes=job.processes, nodes=how.nodes, launcher=how.launcher
-    )
-    environment = environment_for(
-        job.recipe, processes=local, cores=os.cpu_count(), given=os.environ
-    )
-    environment |= group_of_one(job)
-    if how.nodes is not None and how.nodes.hostfile is not None:
-        written = write_text(folder / "deepspeed.env", deepspeed_env_file(environment))
-        environment[DEEPSPEED_ENV] = str(written.resolve())
-    if job.cpu:
-        environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    if job.recipe.deepspeed is not None:
-        free_stale_locks()
-        environment |= _plain_architectures(os.environ) | _own_tools(os.environ)
+    command = ranks_command(job, how, path.resolve())
+    environment = _environment(job, folder, how)
     _write_command(folder, command, environment)
     began = time.time()
-    log = folder / LOG
-    if how.nodes is not None and how.nodes.rendezvous:  # a log for each machine
-        log = folder / f"log-{socket.gethostname()}.txt"
+    log = new_log(folder, how)
     watch = Watch(
-        command,
-        {**os.environ, **environment},
-        log,
-        hear=hear,
-        echo=how.echo,
+        command, {**os.environ, **environment}, log, hear=hear, echo=how.echo, hosts=how.hosts
     )
     code = watch.run()
-    ranks = reports(folder)
+    reporting = not how.meets or 0 in watch.ranks
+    ranks = _all_reports(folder, job.processes if how.meets and reporting else 0)
     failure = _failure(code, ranks, log, local, watch)
     document = assemble(
         job,
@@ -204,7 +223,11 @@ def launch(
     )
     if watch.interrupted and document["outcome"] in ("ended", "failed"):
         document["outcome"] = "interrupted"
-    if 0 in watch.ranks or not watch.ranks:  # of several machines, the one with the first rank
+    elif document["outcome"] == "interrupted" and not watch.interrupted:
+        document["notes"].append(
+            "not stopped here: a rank, or another machine's parent, was asked to stop, or died"
+        )
+    if reporting or not watch.ranks:
         dropped = drop_incomplete(folder)
         if dropped:
             document["notes"].append(f"deleted what was half-written: {', '.join(dropped)}")
@@ -214,7 +237,58 @@ def launch(
         folder=folder,
         measurement=document,
         sentence="" if failure is None else f"{failure['sentence']} {failure['advice']}".strip(),
+        reporting=reporting,
     )
+
+
+def ranks_command(job: Job, how: Launch, path: Path = Path(JOB)) -> list[str]:
+    """The command that runs the job in a file. Raises UserError where nothing can start it so."""
+    return command_for(
+        path,
+        processes=job.processes,
+        nodes=how.nodes,
+        launcher=how.launcher,
+        visible=None if job.cpu else os.environ.get("CUDA_VISIBLE_DEVICES"),
+    )
+
+
+def new_log(folder: Path, how: Launch) -> Path:
+    """The log's place; of several parents each has one, named after its machine."""
+    if not how.meets:
+        return folder / LOG
+    stem = f"log-{socket.gethostname()}"
+    names = (stem, *(f"{stem}-{number}" for number in range(2, 10_000)))
+    for log in (folder / f"{name}.txt" for name in names):
+        with suppress(FileExistsError):
+            log.touch(exist_ok=False)
+            return log
+    raise UserError(f"no free name for a log in {str(folder)!r}")
+
+
+def _all_reports(folder: Path, expected: int) -> list[dict[str, Any]]:
+    """What the ranks wrote; those of other machines have a moment to write it."""
+    until = time.monotonic() + GRACE
+    while len(found := reports(folder)) < expected and time.monotonic() < until:
+        time.sleep(0.1)
+    return found
+
+
+def _environment(job: Job, folder: Path, how: Launch) -> dict[str, str]:
+    """What is laid over the environment of the ranks, here and on the machines of a hostfile."""
+    hosts = how.hosts
+    here = max(map(hosts.count, hosts)) if hosts else local_processes(job, how)
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    made = environment_for(job.recipe, processes=here, cores=cores, given=os.environ)
+    made |= group_of_one(job)
+    if job.cpu:
+        made |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    if job.recipe.deepspeed is not None:
+        free_stale_locks()
+        made |= _plain_architectures(os.environ) | _own_tools(os.environ)
+    if hosts:
+        told = deepspeed_env_file({**passed_on(os.environ), **made})
+        made[DEEPSPEED_ENV] = str(write_text(folder / "deepspeed.env", told).resolve())
+    return made
 
 
 def _own_tools(given: Mapping[str, str]) -> dict[str, str]:
@@ -254,6 +328,7 @@ def _failure(
     if "out_of_memory" in ends:
         return None  # told with its figures
     text = log.read_text(encoding="utf-8", errors="replace")[-_TAIL:] if log.exists() else ""
+    text = without_names(text, watch.hosts)
     found = diagnose(watch.worst(code), text, log_path=log)
     return {
         "kind": found.kind,

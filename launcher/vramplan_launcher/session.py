@@ -143,6 +143,8 @@ class Session:
 
     def _training_arguments(self) -> TrainingArguments:
         made = TrainingArguments(**self._arguments())
+        if self.job.cpu:
+            build.on_the_processor(made)
         if self.job.cpu and self.job.recipe.deepspeed is not None:
             build.join_on_processor()
         return made

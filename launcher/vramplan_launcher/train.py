@@ -6,10 +6,13 @@ Exit codes: 0 ended, or stopped when asked; 2 the input is wrong; 3 out of memor
 
 from __future__ import annotations
 
+import io
 import os
 import re
+import select
 import signal
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -22,7 +25,6 @@ from vramplan_launcher.job import read_job
 
 OUT_OF_MEMORY = 3
 FAILED = 4
-_PR_SET_PDEATHSIG = 1
 _HOST = ("can't allocate memory", "Cannot allocate memory", "std::bad_alloc")
 _DEVICE = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _WANTED = re.compile(r"[Tt]ried to allocate (\d+(?:\.\d+)?) ?([KMGT]i?B|bytes)")
@@ -122,12 +124,34 @@ def wanted(text: str) -> int | None:
 
 
 def end_with_parent() -> None:
-    """If the process that started this one dies, this one is asked to stop: no orphans (Linux)."""
-    if sys.platform != "linux":
-        return
-    import ctypes
+    """When nobody reads its output any more, this process is asked to stop: no orphans.
 
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    The parent's death closes the pipe, whatever is between: a launcher, or ssh.
+    """
+
+    def wait() -> None:
+        broken = select.poll()
+        broken.register(1, 0)  # errors and hang-ups alone
+        broken.poll()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    sys.stdout, sys.stderr = _unheard(1), _unheard(2)
+    threading.Thread(target=wait, daemon=True).start()
+
+
+class _Unheard(io.FileIO):
+    """A pipe that nobody need read: what is printed while a run saves must not fail."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            return len(data)
+
+
+def _unheard(number: int) -> io.TextIOWrapper:
+    pipe = io.BufferedWriter(_Unheard(number, "w", closefd=False))
+    return io.TextIOWrapper(pipe, "utf-8", "backslashreplace", line_buffering=True)
 
 
 if __name__ == "__main__":

@@ -5,24 +5,34 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vramplan_launcher.events import heard
+from vramplan_launcher.hosts import GUARD, RemoteRank
 
 GRACE = 5.0
 """Seconds that ranks have to end by themselves when one of them has failed."""
 _EVERY = 0.2
+# pdsh 2.34, dsh.c, _rcmd_thread (ssh).
+_HOST_FAILED = re.compile(r"pdsh@\S+: \S+: ssh exited with exit code")
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 class Watch:
-    """Starts a command, writes what it prints to a log, hears its events, ends all its ranks."""
+    """Starts a command, writes what it prints to a log, hears its events, ends all its ranks.
+
+    `hosts` are the ranks' machines, in the order of ranks, where ssh leads to them; empty: this
+    one.
+    """
 
     def __init__(
         self,
@@ -32,15 +42,17 @@ class Watch:
         *,
         hear: Callable[[dict[str, Any]], None],
         echo: bool = False,
+        hosts: Sequence[str] = (),
     ) -> None:
         self.command, self.environment, self.log = list(command), dict(environment), log
-        self.hear, self.echo = hear, echo
+        self.hear, self.echo, self.hosts = hear, echo, hosts
         self.interrupted = False
-        self.ranks: dict[int, _Process] = {}
-        """The ranks that live here."""
+        self.ranks: dict[int, _Process | RemoteRank] = {}
+        """The ranks that the command started."""
         self.codes: dict[int, int] = {}
         """Exit codes of the ranks that said goodbye."""
         self._lines: queue.Queue[str | None] = queue.Queue()
+        self._signals: deque[int] = deque()
         self._failed_at: float | None = None
         self._ended_at: float | None = None
         self._training = False
@@ -48,9 +60,9 @@ class Watch:
     def run(self) -> int:
         """Until all have ended. Returns the command's exit code."""
         process = subprocess.Popen(
-            self.command,
+            [*GUARD, *self.command] if self.hosts else self.command,
             env=self.environment,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE if self.hosts else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -65,6 +77,8 @@ class Watch:
             return self._until_the_end(process)
         finally:
             self._end(process)
+            if process.stdin is not None:
+                process.stdin.close()
             reader.join(timeout=GRACE)
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -77,7 +91,7 @@ class Watch:
 
     def _read(self, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
-        with self.log.open("w", encoding="utf-8") as log:
+        with process.stdout, self.log.open("w", encoding="utf-8") as log:
             for line in process.stdout:
                 if heard(line) is None:
                     log.write(line)
@@ -95,9 +109,14 @@ class Watch:
             except queue.Empty:
                 if process.poll() is not None and self._silent_for(GRACE):
                     return process.wait()  # something that it left running holds its output
-            except KeyboardInterrupt:
-                self._ask(process)
-            self._end_the_others()
+            while self._signals:
+                self._heed(self._signals.popleft(), process)
+            self._end_the_others(process)
+
+    def _rank(self, rank: int, pid: int) -> _Process | RemoteRank:
+        if not self.hosts:
+            return _Process(pid)
+        return RemoteRank(self.hosts[rank], pid, lambda: rank in self.codes)
 
     def _silent_for(self, seconds: float) -> bool:
         now = time.monotonic()
@@ -107,12 +126,14 @@ class Watch:
     def _take(self, line: str) -> None:
         event = heard(line)
         if event is None:
+            if self.hosts and _HOST_FAILED.match(line):
+                self._fails()
             if self.echo:
                 sys.stderr.write(line)
             return
         kind, rank = event["event"], event.get("rank", 0)
         if kind == "hello":
-            self.ranks[rank] = _Process(event["pid"])
+            self.ranks[rank] = self._rank(rank, event["pid"])
         elif kind == "bye":
             self.codes[rank] = event["code"]
         elif kind == "stage":
@@ -122,36 +143,46 @@ class Watch:
     # --- ends --------------------------------------------------------------------------------
 
     def _listen(self) -> dict[int, Any]:
-        """SIGTERM (a scheduler's) is taken as Ctrl-C. Only the main thread hears signals."""
+        """Signals are only noted, and heeded between two lines. The main thread alone hears any."""
         if threading.current_thread() is not threading.main_thread():
             return {}
 
-        def interrupt(number: int, frame: Any) -> None:
-            raise KeyboardInterrupt
+        def note(number: int, frame: Any) -> None:
+            self._signals.append(number)
 
-        return {number: signal.signal(number, interrupt) for number in (signal.SIGTERM,)}
+        # What a shell starts in its background ignores Ctrl-C: so it stays.
+        heeded = [n for n in _STOPPING if signal.getsignal(n) is not signal.SIG_IGN]
+        return {number: signal.signal(number, note) for number in heeded}
 
-    def _ask(self, process: subprocess.Popen[str]) -> None:
-        """The first time: to save and stop. The second time: to end at once."""
-        if self.interrupted or not self.ranks:
+    def _heed(self, number: int, process: subprocess.Popen[str]) -> None:
+        """The first time: to save and stop. Ctrl-C a second time: to end at once.
+
+        A scheduler sends SIGTERM to whom it finds, perhaps more than once, and SIGKILL in the end.
+        """
+        if not self.ranks or (self.interrupted and number == signal.SIGINT):
             self._end(process)
-        else:
+        elif not self.interrupted:
             self.hear({"event": "stopping", "saves": self._training})
             for rank in self.ranks.values():
                 rank.signal(signal.SIGINT)
         self.interrupted = True
 
-    def _end_the_others(self) -> None:
+    def _end_the_others(self, process: subprocess.Popen[str]) -> None:
         """Ranks that wait for one that is gone would wait for long: NCCL's time-out is minutes."""
-        if len(self.ranks) < 2:
-            return
         gone = [number for number, rank in self.ranks.items() if not rank.alive]
-        if not any(self.codes.get(number, 1) for number in (*gone, *self.codes)):
+        several = len(self.ranks) > 1
+        if several and any(self.codes.get(number, 1) for number in (*gone, *self.codes)):
+            self._fails()
+        if self._failed_at is None:
             return
-        now = time.monotonic()
-        self._failed_at = self._failed_at or now
-        if now - self._failed_at > GRACE:
+        since = time.monotonic() - self._failed_at
+        if since > GRACE:
             self._kill_ranks()
+        if since > 3 * GRACE:  # a machine that is down does not even hear that
+            self._end(process)
+
+    def _fails(self) -> None:
+        self._failed_at = self._failed_at or time.monotonic()
 
     def _kill_ranks(self) -> None:
         for rank in self.ranks.values():
@@ -159,7 +190,8 @@ class Watch:
 
     def _end(self, process: subprocess.Popen[str]) -> None:
         """Nothing is left running: the ranks, their launcher, and what they started."""
-        if process.poll() is None:
+        if process.poll() is None and not self.hosts:
+            # DeepSpeed's launcher would answer by ending all its kind on the hosts (pkill -f).
             _signal_group(process.pid, signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=1)

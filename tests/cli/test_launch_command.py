@@ -51,6 +51,19 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (("launch", LLAMA, "--data", "x.jsonl", "--eval-split", "2"), "eval_split"),
         (("launch", LLAMA, "--cpu", "--nnodes", "2"), "no place to meet"),
         (
+            ("launch", LLAMA, "--cpu", "--nnodes", "2", "--rendezvous", "a", "--world-size", "3"),
+            "3 processes on 2 machines",
+        ),
+        (
+            ("launch", LLAMA, "--cpu", "--nnodes", "2", "--rendezvous", "a", "--world-size", "2"),
+            "--rendezvous without --output",
+        ),
+        (("launch", LLAMA, "--cpu", "--slurm", "--hostfile", "h"), "can't read hostfile 'h'"),
+        (("launch", LLAMA, "--cpu", "--slurm", "--rendezvous", "a"), "--slurm with --rendezvous"),
+        (("launch", LLAMA, "--cpu", "--slurm", "--nnodes", "2"), "1 processes on 2 machines"),
+        (("launch", LLAMA, "--cpu", "--slurm-option", "time=9"), "time=9 without --slurm"),
+        (("launch", LLAMA, "--cpu", "--slurm", "--slurm-option", "nodes=9"), "(--nnodes)"),
+        (
             ("launch", LLAMA, "--cpu", "--dtype", "fp32", "--mixed-precision", "fp16"),
             "--cpu with mixed precision fp16",
         ),
@@ -62,6 +75,7 @@ def test_wrong_input(words: tuple[str, ...], said: str, capsys: Captured) -> Non
     shown = capsys.readouterr()
     assert said in " ".join(shown.err.split())
     assert "Traceback" not in shown.err
+    assert not Path("runs").exists()  # nothing is made for what can't be started
 
 
 def test_what_does_not_fit_is_not_started(capsys: Captured, tmp_path: Path) -> None:
@@ -74,15 +88,21 @@ def test_what_does_not_fit_is_not_started(capsys: Captured, tmp_path: Path) -> N
 
 
 def test_slurm_writes_a_script_and_starts_nothing(capsys: Captured, tmp_path: Path) -> None:
-    words = ("launch", LLAMA, "--zero", "3", "--world-size", "8", "--nnodes", "2")
-    assert main((*words, "--slurm", "--rendezvous", "head", "--output", "run")) == 0
+    words = ("launch", LLAMA, "--zero", "3", "--world-size", "8", "--nnodes", "2", "--slurm")
+    site = ("--slurm-option", "partition=gpu", "--slurm-option", "time=2:00:00")
+    assert main((*words, *site, "--output", "run", "--no-archive")) == 0
     script = (tmp_path / "run" / "job.sbatch").read_text(encoding="utf-8")
-    assert "#SBATCH --nodes=2" in script
-    assert str(tmp_path / "run" / "job.json") in script
+    assert "#SBATCH --nodes=2\n" in script
+    assert "#SBATCH --gpus-per-node=4\n" in script
+    assert "#SBATCH --partition=gpu\n#SBATCH --time=2:00:00\n" in script
+    assert f"vramplan launch {tmp_path / 'run' / 'job.json'}" in script
+    assert f"--output {tmp_path / 'run'} --no-archive" in script
     job = json.loads((tmp_path / "run" / "job.json").read_text(encoding="utf-8"))
     assert job["recipe"]["world_size"] == 8
     assert job["prediction"]["peak_allocated"] > 0
     assert "vramplan compare" in capsys.readouterr().out
+    assert main(("launch", LLAMA, "--cpu", "--slurm", "--output", "cpu")) == 0
+    assert "gpus" not in (tmp_path / "cpu" / "job.sbatch").read_text(encoding="utf-8")
 
 
 def test_a_plan_is_a_job(tmp_path: Path, capsys: Captured) -> None:

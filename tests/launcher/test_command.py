@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -19,11 +18,10 @@ from vramplan_launcher.command import (
     environment_for,
     parse_hostfile,
     read_hostfile,
-    sbatch_script,
 )
 
 from vramplan import Recipe
-from vramplan.errors import InvalidValue, UnknownName, UserError
+from vramplan.errors import InvalidValue, UserError
 
 JOB = Path("/runs/my run/job.json")
 
@@ -219,70 +217,3 @@ def test_variables_for_other_machines_as_deepspeed_reads_them(tmp_path: Path) ->
     from deepspeed.launcher import runner
 
     assert DEEPSPEED_ENV in inspect.getsource(runner)
-
-
-# --- Slurm: the script is run, with stand-ins for srun and scontrol ---------------------------
-
-
-def script(tmp_path: Path, **options: Any) -> str:
-    chosen: dict[str, Any] = {"nodes": 2, "processes": 4, "log": tmp_path / "log.txt", **options}
-    return sbatch_script(JOB, environment=environment_for(Recipe()), **chosen)
-
-
-def test_a_slurm_script_starts_one_torchrun_a_machine(tmp_path: Path) -> None:
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    (tools / "scontrol").write_text('#!/bin/sh\n[ "$3" = "n[0-1]" ] && printf "n0\\nn1\\n"\n')
-    (tools / "srun").write_text('#!/bin/sh\nprintf "%s\\n" "$PYTORCH_CUDA_ALLOC_CONF" "$@"\n')
-    for tool in tools.iterdir():
-        tool.chmod(0o755)
-    text = script(tmp_path, time="02:00:00", options={"partition": "gpu"}, cores=32)
-    done = subprocess.run(
-        ["bash", "-c", text],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={
-            "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
-            "SLURM_JOB_NODELIST": "n[0-1]",
-            "SLURM_JOB_ID": "77",
-        },
-    )
-    assert done.returncode == 0, done.stderr
-    allocator, kill, *command = done.stdout.splitlines()
-    assert (allocator, kill) == ("expandable_segments:True", "--kill-on-bad-exit=1")
-    arguments, config = as_torchrun_reads(command)
-    assert (config.min_nodes, config.max_nodes, config.nproc_per_node) == (2, 2, 2)
-    assert (config.rdzv_backend, config.rdzv_endpoint) == ("c10d", "n0:29500")
-    assert (config.run_id, arguments.rdzv_id) == ("77", "77")
-
-
-def test_a_slurm_scripts_head(tmp_path: Path) -> None:
-    text = script(tmp_path, name="llama 8b", time="02:00:00", options={"partition": "gpu"}, cores=8)
-    head = [line for line in text.splitlines() if line.startswith("#SBATCH ")]
-    options = dict(
-        word.removeprefix("--").partition("=")[::2]
-        for line in head
-        for word in shlex.split(line)[1:]
-    )
-    assert options == {
-        "job-name": "llama 8b",
-        "nodes": "2",
-        "ntasks-per-node": "1",
-        "gpus-per-node": "2",
-        "output": str(tmp_path / "log.txt"),
-        "cpus-per-task": "8",
-        "time": "02:00:00",
-        "partition": "gpu",
-    }
-    # Slurm reads options up to the first line that is no comment.
-    assert text.splitlines()[1 : len(head) + 1] == head
-
-
-def test_slurm_scripts_that_cannot_be(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="3 processes on 2 machines"):
-        script(tmp_path, processes=3)
-    with pytest.raises(InvalidValue, match="one line"):
-        script(tmp_path, options={"comment": "a\nrm -rf b"})
-    with pytest.raises(UnknownName, match="unknown launcher"):
-        command_for(JOB, processes=1, launcher="srun")  # type: ignore[arg-type]

@@ -115,6 +115,11 @@ def test_interrupted_it_saves_and_says_how_to_resume(
     assert "vramplan launch runs/tiny-full --resume" in err
     assert (checkpoint / "trainer_state.json").exists()
     assert run.ranks() == []
+    more = int(checkpoint.name.rpartition("-")[2]) + 2
+    following = vramplan("launch", folder, "--resume", "--max-steps", more, "--save-steps", "0")
+    code, _, err = following.end()
+    assert code == 0, err
+    assert measured(run.folder / "runs" / "tiny-full-2")["training"]["steps"] == more
 
 
 def test_no_rank_outlives_its_parent_or_the_others(vramplan: Start, tiny: Path, rows: Path) -> None:
@@ -138,6 +143,8 @@ def test_no_rank_outlives_its_parent_or_the_others(vramplan: Start, tiny: Path, 
     while orphaned.ranks():
         assert time.monotonic() - began < 60
         time.sleep(0.2)
+    saved = orphaned.folder / "runs" / "tiny-full-2" / "checkpoints"
+    assert list(saved.glob("checkpoint-*/trainer_state.json"))  # though nobody listened
 
 
 def test_a_broken_row_is_named(vramplan: Start, tiny: Path, tmp_path: Path) -> None:
@@ -148,3 +155,26 @@ def test_a_broken_row_is_named(vramplan: Start, tiny: Path, tmp_path: Path) -> N
     assert "broken.jsonl" in err
     assert "row 2" in err
     assert "Traceback" not in err
+
+
+def test_two_parents_are_one_run(
+    vramplan: Start, tiny: Path, rows: Path, measured: Callable[[Path], dict[str, Any]]
+) -> None:
+    """Of two machines, both of them this one."""
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        meeting = f"127.0.0.1:{free.getsockname()[1]}"
+    words = ("launch", tiny, "--data", rows, "--world-size", "2", "--nnodes", "2", *SHORT)
+    words = (*words, "--rendezvous", meeting, "--output", "both", "--max-steps", "4")
+    parents = [vramplan(*words, "--save-steps", "0") for _ in range(2)]
+    ends = [parent.end() for parent in parents]
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    folder = parents[0].folder
+    assert [r["outcome"] for r in measured(folder / "both")["ranks"]] == ["ended", "ended"]
+    assert len(list((folder / "both").glob("log-*.txt"))) == 2
+    assert len(list((folder / "share" / "vramplan" / "runs").iterdir())) == 1  # one run
+    assert sum("first rank's machine has the report" in out for _, out, _ in ends) == 1
+    code, _, err = vramplan(*words).end()
+    assert code == 2
+    assert "'both' holds checkpoints already, and a run's folder is never overwritten" in err

@@ -54,7 +54,8 @@ def again(asked: Asked, command: str) -> tuple[str, ...]:
 
 
 def planned(path: Path) -> tuple[Recipe, ...]:
-    """The smaller plans that a plan.json names, the next one first."""
+    """The smaller plans that a plan.json or a job.json names, the next one first."""
+    path = path / "job.json" if path.is_dir() else path
     if path.suffix != ".json" or not path.is_file():
         return ()
     from vramplan_launcher.files import read_json
@@ -94,7 +95,7 @@ def job_of(asked: Asked, given: dict[str, Any]) -> Job:
     data = data_given(given)
     return Job(
         model=asked.model,
-        recipe=ranked(asked, pretend),
+        recipe=ranked(asked, pretend, given["hostfile"]),
         gpu=card,
         data=data,
         training=_training(given, None),
@@ -129,8 +130,8 @@ def size_of(card: str | None) -> int | None:
     return parse_gpu(card).gpu.capacity
 
 
-def ranked(asked: Asked, pretend: int | None) -> Recipe:
-    """The recipe, over the ranks that are pretended or the cards that were named."""
+def ranked(asked: Asked, pretend: int | None, hostfile: str | None = None) -> Recipe:
+    """The recipe over the ranks that are pretended, a hostfile's, or the cards that were named."""
     from dataclasses import replace
 
     from vramplan.errors import UserError
@@ -144,6 +145,10 @@ def ranked(asked: Asked, pretend: int | None) -> Recipe:
                 "one of them out"
             )
         return replace(recipe, world_size=pretend)
+    if named is None and recipe.world_size == 1 and hostfile is not None:
+        from vramplan_launcher.command import read_hostfile
+
+        return replace(recipe, world_size=sum(read_hostfile(Path(hostfile)).values()))
     gpus = asked.named_gpus()
     if named is None and recipe.world_size == 1 and gpus is not None and gpus.count > 1:
         return replace(recipe, world_size=gpus.count)

@@ -64,6 +64,7 @@ MACHINES = (
     click.option("--rendezvous", metavar="HOST:PORT", help="Where the machines meet."),
     click.option("--hostfile", metavar="FILE", help="DeepSpeed's: lines of `host slots=8`."),
     click.option("--slurm", is_flag=True, help="Write an sbatch script; start nothing."),
+    click.option("--slurm-option", multiple=True, metavar="KEY=VALUE", help="partition=gpu, ..."),
 )
 _COLUMNS = ("text_column", "prompt_column", "completion_column", "messages_column")
 
@@ -123,9 +124,37 @@ def training_of(given: dict[str, Any], base: Training | None = None) -> Training
 
 
 def way_of(given: dict[str, Any], *, as_json: bool = False, again: tuple[str, ...] = ()) -> Way:
-    """How the run is started."""
+    """How the run is started. Raises UserError for options that contradict each other."""
     from vramplan.cli.launching import Way
+    from vramplan.errors import UserError
 
+    slurm, slurm_options = given.pop("slurm", False), given.pop("slurm_option", None) or ()
+    nodes = _nodes(given)
+    if slurm_options and not slurm:
+        raise UserError(f"--slurm-option {slurm_options[0]} without --slurm")
+    idle = next((name for name in nodes if name != "count"), None) if slurm else None
+    if idle is not None:
+        option = {"rank": "node-rank"}.get(idle, idle)
+        raise UserError(f"--slurm with --{option}: Slurm's machines find each other. Leave it out")
+    output = given.pop("output")
+    return Way(
+        output=None if output is None else Path(output),
+        anyway=given.pop("anyway"),
+        fallback=given.pop("fallback") or 0,
+        allow_8bit=given.pop("allow_8bit_optim"),
+        launcher=given.pop("launcher", None) or "auto",
+        nodes=nodes,
+        slurm=slurm,
+        slurm_options=tuple(slurm_options),
+        verbose=given.pop("verbose"),
+        archive=not given.pop("no_archive"),
+        as_json=as_json,
+        again=again,
+    )
+
+
+def _nodes(given: dict[str, Any]) -> dict[str, Any]:
+    """`Nodes`' fields that were given."""
     nodes = {
         "count": given.pop("nnodes", None),
         "rank": given.pop("node_rank", None),
@@ -135,17 +164,4 @@ def way_of(given: dict[str, Any], *, as_json: bool = False, again: tuple[str, ..
     known = {name: value for name, value in nodes.items() if value is not None}
     if "hostfile" in known:
         known["hostfile"] = Path(known["hostfile"])
-    output = given.pop("output")
-    return Way(
-        output=None if output is None else Path(output),
-        anyway=given.pop("anyway"),
-        fallback=given.pop("fallback") or 0,
-        allow_8bit=given.pop("allow_8bit_optim"),
-        launcher=given.pop("launcher", None) or "auto",
-        nodes=known,
-        slurm=given.pop("slurm", False),
-        verbose=given.pop("verbose"),
-        archive=not given.pop("no_archive"),
-        as_json=as_json,
-        again=again,
-    )
+    return known

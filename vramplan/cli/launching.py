@@ -5,7 +5,6 @@ Everything here reaches for the launcher, and is imported by commands alone.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,6 +40,8 @@ class Way:
     nodes: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `Nodes`; empty is this machine alone."""
     slurm: bool = False
+    slurm_options: Sequence[str] = ()
+    """Further options of sbatch: "partition=gpu"."""
     verbose: bool = False
     archive: bool = True
     as_json: bool = False
@@ -76,17 +77,23 @@ def predict(job: Job, gpus: Gpus | None) -> Estimate | None:
 
 def start(job: Job, gpus: Gpus | None, here: int, reason: str, way: Way) -> int:
     """Runs the job, and its smaller plans if need be; prints the report. Returns the exit code."""
+    from vramplan_launcher.hosts import check_hosts
     from vramplan_launcher.needs import check_cards, check_installed
+    from vramplan_launcher.run import ranks_command
 
     check_installed(job)
-    if not way.slurm:
+    if way.slurm:
+        return _slurm(job, gpus, way)
+    how = _how(way)
+    ranks_command(job, how)  # what nothing can start is refused before anything is made
+    if not how.hosts:
         check_cards(job, here, reason, machines=way.nodes.get("count", 1))
     needed = predict(job, gpus)
     if needed is not None and needed.fits is False and not way.anyway:
         return _refused(needed, way)
-    if way.slurm:
-        return _slurm(job, needed, way)
-    outcome = _once(job, needed, way)
+    if how.hosts:
+        check_hosts(how.hosts)
+    outcome = _once(job, needed, way, how)
     tried = 0
     while outcome.outcome == "out_of_memory":
         rungs = _smaller(needed, way, tried)
@@ -97,11 +104,19 @@ def start(job: Job, gpus: Gpus | None, here: int, reason: str, way: Way) -> int:
         job = replace(job, recipe=needed.recipe)
         tried += 1
         click.echo(f"Trying a smaller plan ({tried} of {way.fallback}): {_flags(job)}", err=True)
-        outcome = _once(job, needed, way)
+        outcome = _once(job, needed, _next(way, tried), how)
     return outcome.code
 
 
-def _once(job: Job, needed: Estimate | None, way: Way) -> Outcome:
+def _next(way: Way, tried: int) -> Way:
+    """The same for a smaller plan: beside the folder that was named."""
+    wanted = way.output
+    if wanted is None:
+        return way
+    return replace(way, output=wanted.with_name(f"{wanted.name}-smaller-{tried}"))
+
+
+def _once(job: Job, needed: Estimate | None, way: Way, how: Launch) -> Outcome:
     from vramplan_launcher import archive
     from vramplan_launcher.run import launch
 
@@ -110,18 +125,21 @@ def _once(job: Job, needed: Estimate | None, way: Way) -> Outcome:
 
     said = None if needed is None else _predicted(job, needed)
     folder = _folder(job, needed, way)
+    beside = {"fallbacks": _fallbacks(way)}
     screen = Screen(None if needed is None or job.cpu else needed.peak_allocated)
     screen.say(f"Run folder: {folder}")
-    outcome = launch(job, folder, prediction=said, how=_how(way), hear=screen.hear)
+    outcome = launch(job, folder, prediction=said, how=how, hear=screen.hear, beside=beside)
     screen.clear()
-    if way.archive and not archive.private() and outcome.outcome != "refused":
+    if way.archive and outcome.reporting and not archive.private() and outcome.outcome != "refused":
         archive.join(outcome.measurement)
     if way.as_json:
         import json
 
         click.echo(json.dumps(outcome.measurement, indent=2))
-    else:
+    elif outcome.reporting:
         click.echo(render(compare(outcome.measurement)))
+    else:
+        click.echo(f"{folder.name}: {outcome.outcome}. The first rank's machine has the report.")
     _last_words(outcome, job)
     return outcome
 
@@ -168,16 +186,17 @@ def _predicted(job: Job, needed: Estimate) -> dict[str, Any]:
 
 
 def _folder(job: Job, needed: Estimate | None, way: Way) -> Path:
-    from vramplan_launcher.run import folder_name, new_folder
+    from vramplan_launcher.run import folder_name, new_folder, shared_folder
+
+    from vramplan.errors import UserError
 
     wanted = way.output
-    if wanted is not None and way.nodes.get("rendezvous"):
-        wanted.mkdir(parents=True, exist_ok=True)  # each machine's parent comes here
-        return wanted
+    if way.nodes.get("rendezvous"):
+        if wanted is None:
+            raise UserError("--rendezvous without --output: name one folder, the same on each")
+        return shared_folder(wanted)
     name = job.model.rstrip("/") if needed is None else needed.id
-    made = wanted or RUNS / folder_name(job, name)
-    free = not made.exists()
-    return new_folder(made, exactly=wanted is not None and free is False)
+    return new_folder(wanted or RUNS / folder_name(job, name), exactly=wanted is not None)
 
 
 def _how(way: Way) -> Launch:
@@ -241,22 +260,43 @@ def _flags(job: Job, base: Recipe | None = None) -> str:
     return " ".join(recipe_flags(job.recipe, base or Recipe()))
 
 
-def _slurm(job: Job, needed: Estimate | None, way: Way) -> int:
+def _slurm(job: Job, gpus: Gpus | None, way: Way) -> int:
     """Writes the job and its sbatch script; nothing is started."""
-    from vramplan_launcher.command import environment_for, sbatch_script
+    from vramplan_launcher.command import per_node
     from vramplan_launcher.files import write_text
+    from vramplan_launcher.job import JOB
+    from vramplan_launcher.slurm import options_of, sbatch_script
 
+    options, nodes = options_of(way.slurm_options), way.nodes.get("count", 1)
+    per_node(job.processes, nodes)
+    needed = predict(job, gpus)
+    if needed is not None and needed.fits is False and not way.anyway:
+        return _refused(needed, way)
     folder = _folder(job, needed, way).resolve()
-    path = job.write(folder, prediction=None if needed is None else _predicted(job, needed))
     script = sbatch_script(
-        path,
-        nodes=int(way.nodes.get("count", 1)),
+        folder / JOB,
+        nodes=nodes,
         processes=job.processes,
-        environment=environment_for(job.recipe, given=os.environ),
-        log=folder / "log.txt",
         name=folder.name,
+        options=options,
+        cards=not job.cpu,
+        arguments=_repeated(way),
     )
+    said = None if needed is None else _predicted(job, needed)
+    job.write(folder, prediction=said, fallbacks=_fallbacks(way))
     written = write_text(folder / "job.sbatch", script)
     click.echo(f"Written, not started: sbatch {written}")
     click.echo(f"When it has ended: vramplan compare {folder}")
     return 0
+
+
+def _repeated(way: Way) -> list[str]:
+    """What the machines' own command lines say again of how a run is made."""
+    said = {"--anyway": way.anyway, "--no-archive": not way.archive, "--verbose": way.verbose}
+    said["--allow-8bit-optim"] = way.allow_8bit
+    fallback = ["--fallback", str(way.fallback)] if way.fallback else []
+    return [name for name, given in said.items() if given] + fallback
+
+
+def _fallbacks(way: Way) -> list[dict[str, Any]]:
+    return [{"recipe": recipe.to_dict()} for recipe in way.fallbacks]
