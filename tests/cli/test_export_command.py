@@ -77,6 +77,28 @@ def test_ds_config_goes_beside_the_file(tmp_path: Path, capsys: Captured) -> Non
     assert main([*words, "--force"]) == 0
 
 
+def test_a_file_that_stays_the_same_is_not_in_the_way(tmp_path: Path) -> None:
+    """Of one plan, several tools' files beside one ds_config.json."""
+    words = ["export", MODEL, "--zero", "2", "--world-size", "2"]
+    for tool in ("training-arguments", "trl"):
+        assert main([*words, "--to", tool, "--out", str(tmp_path / f"{tool}.py")]) == 0
+    other = [*words, "--learning-rate", "0.5", "--to", "trl", "--out", str(tmp_path / "other.py")]
+    assert main(other) == 2  # its ds_config.json has another learning rate
+    assert not (tmp_path / "other.py").exists()
+
+
+def test_json_goes_to_no_file(tmp_path: Path, capsys: Captured) -> None:
+    out = tmp_path / "train.py"
+    assert main(["export", MODEL, "--to", "trl", "--json", "--out", str(out)]) == 2
+    assert "leave out --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--learning-rate", "--epochs"])
+def test_no_endless_run(option: str, capsys: Captured) -> None:
+    assert main(["export", MODEL, "--to", "trl", option, "inf"]) == 2
+    assert "more than 0" in capsys.readouterr().err
+
+
 def test_from_another_tools_file(axolotl: str, capsys: Captured) -> None:
     words = ["export", "--from", axolotl, "--to", "training-arguments", "--batch-size", "4"]
     assert main(words) == 0

@@ -53,8 +53,11 @@ def command(
     What the tool does otherwise than the run that is estimated is said on stderr, and in the file.
     With DeepSpeed and --out, ds_config.json is written beside it.
     """
+    from vramplan.errors import UserError
     from vramplan.recipe.exchange import export
 
+    if asked.as_json and out is not None:
+        raise UserError("--json prints the file: leave out --out")
     asked = _planned(asked)
     if asked.imported is None:
         _check_path(asked)
@@ -75,7 +78,9 @@ def command(
         return
     files = {Path(out): made.text}
     if recipe.deepspeed is not None:
-        files[folder / DS_CONFIG] = _ds_config(asked, recipe, options)
+        text = _ds_config(asked, recipe, options)
+        if _differs(folder / DS_CONFIG, text):  # one file serves several tools
+            files[folder / DS_CONFIG] = text
     _write(files, force=force)
 
 
@@ -128,6 +133,14 @@ def _ds_config(asked: Asked, recipe: Recipe, options: Options) -> str:
     rate = options.learning_rate or RATES["full" if recipe.lora is None else "lora"]
     config = ds_config(arch, recipe, hyper=Hyperparameters(learning_rate=rate))
     return json.dumps(config.values, indent=2) + "\n"
+
+
+def _differs(path: Path, text: str) -> bool:
+    """Whether writing would change what is there."""
+    try:
+        return path.read_text(encoding="utf-8") != text
+    except (OSError, ValueError):
+        return True
 
 
 def _write(files: dict[Path, str], *, force: bool) -> None:

@@ -220,6 +220,12 @@ def test_wrong_values() -> None:
         read(sequence_len="long")
     with pytest.raises(InvalidValue, match="a.yml: micro_batch_size is 0.0"):
         read(micro_batch_size=0)
+    for odd in (float("nan"), float("inf"), 10**400):
+        with pytest.raises(InvalidValue, match="a.yml: sequence_len is"):
+            read(sequence_len=odd)
+    with pytest.raises(InvalidValue, match="a.yml: bnb_config_kwargs is 5: it must be a table"):
+        read(bnb_config_kwargs=5)
+    assert read(plugins=5).recipe == read().recipe
     with pytest.raises(InvalidValue, match="a.yml: bf16 is 'maybe'"):
         read(bf16="maybe")
     with pytest.raises(UserError, match="adapter lora without lora_r"):

@@ -256,6 +256,15 @@ def test_recipes_and_plans_of_our_own(tmp_path: Path) -> None:
         read_any(written(tmp_path, "plan.json", json.dumps(plan)))
 
 
+@pytest.mark.parametrize("key", ["model_init_kwargs", "gradient_checkpointing_kwargs"])
+def test_tables_may_be_json_in_a_text(tmp_path: Path, key: str) -> None:
+    keys = {"model_name_or_path": "acme/tiny", "max_length": 64, "packing": True}
+    read_any(written(tmp_path, "good.json", json.dumps({**keys, key: "{}"})))
+    for odd in ("auto", 1, [1]):
+        with pytest.raises(InvalidValue, match=f"{key} is .*: it must be a table"):
+            read_any(written(tmp_path, "odd.json", json.dumps({**keys, key: odd})))
+
+
 MALFORMED = {
     "a.yaml": ("base_model: [m\n", "a.yaml' is malformed, line 2: "),
     "b.yaml": ("- base_model\n", "holds no table of keys: an Axolotl YAML"),

@@ -107,14 +107,14 @@ def _attention(keys: Keys) -> str:
 
 def _checkpointing(keys: Keys) -> bool:
     value = keys.take("gradient_checkpointing", False)
-    options = keys.take("gradient_checkpointing_kwargs", {}) or {}
+    options = keys.table("gradient_checkpointing_kwargs")
     if isinstance(value, str) and value.lower() in ("offload", "offload_disk", "unsloth"):
         keys.warn(f"gradient_checkpointing: {value} is estimated as true: {OFFLOADED}")
         value = True
     if type(value) is not bool:
         allowed = "true, false, offload or offload_disk"
         raise InvalidValue(f"{keys.name}: gradient_checkpointing", value, allowed)
-    if value and isinstance(options, Mapping) and options.get("use_reentrant"):
+    if value and options.get("use_reentrant"):
         keys.warn("use_reentrant: true is estimated as non-reentrant checkpointing")
     return bool(value)
 
@@ -135,7 +135,7 @@ def _method(keys: Keys, fields: Mapping[str, Any]) -> dict[str, Any]:
     """loaders/model.py, _set_quantization_config; loaders/adapter.py, _build_peft_lora_config."""
     adapter = keys.text("adapter")
     four, eight = keys.flag("load_in_4bit"), keys.flag("load_in_8bit")
-    given = keys.take("bnb_config_kwargs", {}) or {}
+    given = keys.table("bnb_config_kwargs")
     if adapter not in (None, "lora", "qlora"):
         raise IllegalRecipe(f"{keys.name}: adapter {adapter} can't be estimated: lora or qlora can")
     quantization = None
@@ -212,10 +212,8 @@ def _leftovers(keys: Keys, fields: Mapping[str, Any]) -> None:
             f"with attention {fields['attention']} axolotl trains embeddings, norms and the output "
             "head in fp32: the estimate, which has them in 16 bits, is low"
         )
-    plugins = keys.left.get("plugins") or ()
-    if any("cut_cross_entropy" in str(p) for p in plugins) and not keys.left.get(
-        "cut_cross_entropy"
-    ):
+    plugins = str(keys.left.get("plugins"))
+    if "cut_cross_entropy" in plugins and not keys.left.get("cut_cross_entropy"):
         keys.warn(f"plugins: cut_cross_entropy is not honoured: {LOGITS_SMALLER}")
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from math import isfinite
 from typing import Any, TypeVar
 
 from vramplan.errors import InvalidValue, UnknownName, UserError, nearest
@@ -52,10 +55,10 @@ class Keys:
         if value is None:
             return default
         try:
-            if isinstance(value, bool):
+            if isinstance(value, bool) or not isfinite(number := float(value)):
                 raise ValueError
-            return float(value)
-        except (TypeError, ValueError):
+            return number
+        except (TypeError, ValueError, OverflowError):
             raise InvalidValue(f"{self.name}: {key}", value, "a number") from None
 
     def count(self, key: str, default: _T) -> int | _T:
@@ -73,6 +76,16 @@ class Keys:
         if value is not None and not isinstance(value, str):
             raise InvalidValue(f"{self.name}: {key}", value, "a text")
         return value or None
+
+    def table(self, key: str) -> Mapping[str, Any]:
+        """Keys with their values, maybe as JSON in a text; null is none."""
+        value = self.take(key, {})
+        if isinstance(value, str):
+            with suppress(ValueError):
+                value = json.loads(value)
+        if not isinstance(value, Mapping):
+            raise InvalidValue(f"{self.name}: {key}", value, "a table of keys and values")
+        return value
 
     def choice(self, key: str, choices: Mapping[str, _T], default: _T) -> _T:
         """The meaning of a name among `choices`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 
 from vramplan.errors import InvalidValue
 from vramplan.recipe.recipe import Recipe
@@ -24,8 +25,8 @@ class Options:
     def __post_init__(self) -> None:
         for name in ("learning_rate", "epochs", "max_steps"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise InvalidValue(name, value, "more than 0")
+            if value is not None and not 0 < value < inf:
+                raise InvalidValue(name, value, "more than 0, and finite")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

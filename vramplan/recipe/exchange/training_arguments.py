@@ -6,7 +6,6 @@ trainer/model_config.py and trainer/sft_trainer.py (SFTTrainer.__init__).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -104,9 +103,7 @@ def trainer(keys: Keys, *, checkpointing: bool = False, bf16: bool = False) -> d
 def checkpoints(keys: Keys, default: bool) -> bool:
     """gradient_checkpointing; reentrant ones are estimated as non-reentrant, and told of."""
     on = keys.flag("gradient_checkpointing", default)
-    options = keys.take("gradient_checkpointing_kwargs")
-    options = json.loads(options) if isinstance(options, str) else options
-    if on and isinstance(options, Mapping) and options.get("use_reentrant"):
+    if keys.table("gradient_checkpointing_kwargs").get("use_reentrant") and on:
         keys.warn("use_reentrant: true is estimated as non-reentrant checkpointing")
     return on
 
@@ -145,11 +142,9 @@ def trainer_options(keys: Keys) -> Options:
 
 def _trl(keys: Keys, fields: Mapping[str, Any]) -> dict[str, Any]:
     """sft_trainer.py, SFTTrainer.__init__: the model and its adapters."""
-    given = keys.take("model_init_kwargs", {})
-    given = dict(json.loads(given) if isinstance(given, str) else given or {})
     own = Keys(
         {
-            **given,
+            **keys.table("model_init_kwargs"),
             **{
                 k: keys.take(k)
                 for k in ("dtype", "torch_dtype", "attn_implementation")
