@@ -169,6 +169,36 @@ def test_another_tools_file(tmp_path: Path) -> None:
     assert document["goal"]["effective_batch"] == 8
 
 
+def test_what_a_file_trains_stays(tmp_path: Path) -> None:
+    """16-bit LoRA of one sequence at a time is neither QLoRA nor a batch of 16, though both are
+    what a recipe's defaults leave open; options win."""
+    path = tmp_path / "ax.yaml"
+    path.write_text(
+        "base_model: meta-llama/Llama-3.1-8B\nadapter: lora\nlora_r: 8\nsequence_len: 2048\n"
+        "lora_target_linear: true\nmicro_batch_size: 1\ngradient_accumulation_steps: 1\n"
+        "bf16: true\n"
+    )
+
+    def goal(*options: str) -> tuple[list[str], int]:
+        output = run("--from", str(path), "--gpu", "24GB", "--json", *options).stdout
+        document = json.loads(output[output.index("{") :])
+        return document["goal"]["methods"], document["goal"]["effective_batch"]
+
+    assert goal() == (["lora"], 1)
+    assert goal("--lora-rank", "4") == (["lora"], 1)
+    assert goal("--quantization", "nf4")[0] == ["lora", "int8", "qlora"]
+    assert goal("--method", "int8,qlora", "--effective-batch", "4") == (["int8", "qlora"], 4)
+
+
+def test_options_override_a_ds_config(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}))
+    words = (MODEL, "--gpu", "2xh100-80gb", "--deepspeed", str(path), "--zero", "2", "--json")
+    output = run(*words).stdout
+    recipe = json.loads(output[output.index("{") :])["recipe"]
+    assert recipe["deepspeed"]["stage"] == 2
+
+
 def test_an_option_of_lora_decides_for_adapters() -> None:
     """As it does for `estimate`."""
     document = json.loads(run(MODEL, "--gpu", "80GB", "--lora-rank", "64", "--json").output)

@@ -32,6 +32,9 @@ _NONE = ("none", "no")
 _COUNTS = ("batch_size", "gradient_accumulation_steps", "world_size", "optim_rank")
 _BATCH = ("batch_size", "gradient_accumulation_steps", "world_size")
 _ADAPTED = ("lora", "int8", "qlora")
+_ZERO = ("zero", "offload_optimizer", "offload_param", "nvme_path")
+_RUNS = ("axolotl", "llama-factory", "trl", "plan")
+"""Kinds of file that say all of what is trained: the method and the effective batch are theirs."""
 
 
 def goal_of(asked: Asked, given: dict[str, Any]) -> Goal:
@@ -47,7 +50,9 @@ def goal_of(asked: Asked, given: dict[str, Any]) -> Goal:
     chosen = {name: value for name, value in asked.fields.items() if value is not None}
     if "seq_len" in chosen:
         values["seq_len"] = parse_count(chosen.pop("seq_len"), thing="seq_len")
-    values["methods"], values["lora"] = _methods(given["method"], lora, chosen)
+    run = _run_of(asked)
+    named = _named_by(run, chosen) if given["method"] is None else given["method"]
+    values["methods"], values["lora"] = _methods(named, lora, chosen)
     if given["effective_batch"] is not None:
         values["effective_batch"] = parse_count(given["effective_batch"], thing="effective batch")
     if given["tokens"] is not None:
@@ -61,13 +66,31 @@ def goal_of(asked: Asked, given: dict[str, Any]) -> Goal:
     of_file = {name: pins.get(name, 1) for name in _BATCH}
     pins |= _pins(chosen)
     if "effective_batch" not in values:
-        values |= _batch_of(of_file, pins)
+        values |= _batch_of(of_file, pins, whole=run is not None)
     return Goal(**values, pins=pins, allow_8bit_optim=given["allow_8bit_optim"])
 
 
-def _batch_of(of_file: dict[str, int], pins: dict[str, Any]) -> dict[str, int]:
-    """The effective batch that a file means, or that the options leave no choice about."""
-    if set(of_file.values()) == {1} and not {*_BATCH[:2]} <= set(pins):
+def _run_of(asked: Asked) -> Recipe | None:
+    """The recipe of a file that says all of what is trained."""
+    imported = asked.imported
+    return imported.recipe if imported is not None and imported.kind in _RUNS else None
+
+
+def _named_by(run: Recipe | None, chosen: dict[str, Any]) -> str | None:
+    """The method of a file's run, unless an option names another."""
+    from vramplan.planner.goal import method_of
+
+    if run is None or {"lora", "quantization"} & set(chosen):
+        return None
+    if run.lora is None and any(name.startswith("lora_") for name in chosen):
+        return None
+    return method_of(run)
+
+
+def _batch_of(of_file: dict[str, int], pins: dict[str, Any], *, whole: bool) -> dict[str, int]:
+    """The effective batch that a file means, or that the options leave no choice about. `whole`:
+    the file says it even by 1."""
+    if not whole and set(of_file.values()) == {1} and not {*_BATCH[:2]} <= set(pins):
         return {}
     product = 1
     for name in _BATCH:
@@ -128,10 +151,12 @@ def _pins(chosen: dict[str, Any]) -> dict[str, Any]:
     from vramplan.units import parse_count
 
     pins: dict[str, Any] = {}
+    if "deepspeed" in chosen:
+        pins |= _pins_of_ds_config(chosen)
     for name, value in chosen.items():
-        if name == "deepspeed":
-            pins |= _pins_of_ds_config(value)
-        elif name in _COUNTS:
+        if name == "deepspeed" or ("deepspeed" in chosen and name in _ZERO):
+            continue
+        if name in _COUNTS:
             pins[name] = parse_count(value, thing=name)
         elif name == "zero":
             pins[name] = None if value.lower() in _NONE else _stage(value)
@@ -153,11 +178,11 @@ def _stage(text: str) -> Any:
     return int(text) if text.isdigit() else text
 
 
-def _pins_of_ds_config(path: str) -> dict[str, Any]:
-    """What a ds_config.json decides."""
+def _pins_of_ds_config(chosen: dict[str, Any]) -> dict[str, Any]:
+    """What a ds_config.json decides, and the options that override it."""
     from vramplan.cli.recipe_options import recipe_of
 
-    return _decided(recipe_of(None, {"deepspeed": path}))
+    return _decided(recipe_of(None, {n: chosen[n] for n in ("deepspeed", *_ZERO) if n in chosen}))
 
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
