@@ -21,6 +21,7 @@ _ROOT = re.compile(
     r"exitcode\s+: (?P<code>-?\d+)(?P<rest>.*?)^={20,}",
     re.DOTALL | re.MULTILINE,
 )
+_FAILED = re.compile(r"rank\s+: (?P<rank>\d+).*\n\s*exitcode\s+: (?P<code>-?\d+)")
 # DeepSpeed 0.19.8, launcher/launch.py, sigkill_handler and main.
 _DEEPSPEED = re.compile(r"exits with return code = (?P<code>-?\d+)")
 _EXCEPTION = re.compile(
@@ -109,6 +110,12 @@ def _first_failure(returncode: int, text: str) -> tuple[int, int | None, str]:
     found = list(_ROOT.finditer(text))
     if found:
         last = found[-1]
+        # torchrun tells times to the second: of those that failed in one, a rank that was killed
+        # is the cause, and what others raised because it was gone is not.
+        start = text.rfind("Failures:", 0, last.start())
+        for other in _FAILED.finditer(text, max(start, 0), last.start()):
+            if _killed(int(other["code"]), None):
+                return int(other["code"]), int(other["rank"]), other[0]
         return int(last["code"]), int(last["rank"]), last["rest"]
     told = list(_DEEPSPEED.finditer(text))
     if told:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vramplan.units import format_bytes
 from vramplan_launcher.files import read_json, write_json
 from vramplan_launcher.job import JOB, Job, read_job
 
@@ -111,7 +112,8 @@ def notes_of(job: Job) -> list[str]:
     if job.cpu:
         notes.append("on the processor: there are no GPU memory figures")
     if job.emulate is not None:
-        notes.append(f"the allocator was capped at a card of {job.emulate} bytes")
+        what = "the process's data" if job.cpu else "the allocator"
+        notes.append(f"{what} was capped as on a card of {format_bytes(job.emulate)}")
     return notes
 
 

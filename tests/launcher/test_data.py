@@ -143,6 +143,22 @@ def test_of_a_conversation_the_assistants_turns_are_learned(tmp_path: Path) -> N
     )
 
 
+def test_an_answer_to_nothing_is_not_learned(tmp_path: Path) -> None:
+    """Templates refuse an empty conversation, so that nothing shows where such a turn begins."""
+    strict = "{% if not messages %}{{ raise_exception('empty') }}{% endif %}" + TEMPLATE
+    said = [{"role": r, "content": c} for r, c in (("assistant", "a"), ("user", "b"))]
+    rows = [{"messages": [*said, {"role": "assistant", "content": "d"}]}]
+    made = load(
+        write(tmp_path / "a.jsonl", rows),
+        packing=False,
+        seq_len=9,
+        tokens=tokenizer(template=strict),
+    )
+    assert listed(made.train, "labels") == [
+        learned("(assistant) (a) (eos) (user) (b) (eos) (assistant) d </s>")
+    ]
+
+
 def test_a_pair_of_conversations_learns_the_second(tmp_path: Path) -> None:
     def said(role: str, content: str) -> dict[str, str]:
         return {"role": role, "content": content}

@@ -62,6 +62,17 @@ BROKEN = {
         '{"messages": [{"role": "user", "content": "a"}, {"from": "gpt", "value": "b"}]}\n',
         "row 1, column 'messages': message 2 is {'from': 'gpt', 'value': 'b'}",
     ),
+    "nothing said": (
+        "a.jsonl",
+        '{"messages": [{"role": "user", "content": "a"}]}\n'
+        '{"messages": [{"role": "user", "contents": "b"}]}\n',
+        'row 2, column \'messages\': message 1 is .*, not an object with "role" and "content"',
+    ),
+    "no parts": (
+        "a.jsonl",
+        '{"messages": [{"role": "user", "content": ["a"]}]}\n',
+        "row 1, column 'messages': message 1 is .*, not an object with",
+    ),
     "columns": ("a.jsonl", '{"txt": "a"}\n', "no column text, .* its columns are txt"),
     "template": (
         "a.jsonl",
@@ -151,7 +162,7 @@ def test_too_little_for_one_step(tmp_path: Path) -> None:
     said = "makes 2 sequences of 2 tokens .1 of 3 rows had nothing to learn., and one step takes 3"
     with pytest.raises(UserError, match=said):
         load(path, tmp_path, at_least=3)
-    with pytest.raises(UserError, match="makes 0 sequences of 64 tokens.* or packing=False"):
+    with pytest.raises(UserError, match="makes 0 sequences of 64 tokens.* or --no-packing"):
         load(path, tmp_path, seq_len=64)
     with pytest.raises(UserError, match="evaluation data .* fills no sequence of 4 tokens"):
         load(path, tmp_path, seq_len=4, eval_split=str(tmp_path / "one.jsonl"))

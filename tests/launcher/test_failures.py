@@ -214,3 +214,39 @@ def test_what_libraries_log_and_go_on_from_is_no_cause() -> None:
 def test_colours_are_no_part_of_a_message() -> None:
     log = "\x1b[31mValueError\x1b[0m: \x1b[1mbad\x1b[0m\n"
     assert diagnose(1, log).sentence == "ended with ValueError: bad"
+
+
+BLAMED = """
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+============================================================
+vramplan_launcher.train FAILED
+------------------------------------------------------------
+Failures:
+[1]:
+  time      : 2026-11-28_01:21:16
+  host      : localhost
+  rank      : 1 (local_rank: 1)
+  exitcode  : {code} (pid: 21924)
+  error_file: <N/A>
+  traceback : -
+------------------------------------------------------------
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-11-28_01:21:16
+  host      : localhost
+  rank      : 0 (local_rank: 0)
+  exitcode  : 4 (pid: 21923)
+  error_file: <N/A>
+  traceback : To enable traceback see: https://pytorch.org/docs/stable/elastic/errors.html
+============================================================
+"""
+
+
+def test_a_rank_that_was_killed_is_the_cause_of_what_others_raised() -> None:
+    lost = "RuntimeError: [gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:50062"
+    killed = diagnose(4, lost + BLAMED.format(code=-9))
+    assert (killed.kind, killed.rank) == ("host_out_of_memory", 1)
+    # Those that torchrun itself ended (SIGTERM) are none; then all that is known is this.
+    ended = diagnose(4, lost + BLAMED.format(code=-15))
+    assert (ended.kind, ended.rank) == ("peer_lost", 0)
+    assert ended.sentence.startswith("rank 0: the connection to another rank was lost")

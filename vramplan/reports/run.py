@@ -258,11 +258,10 @@ def _shortage(c: RunComparison) -> str:
     where = _PHASES.get(short.get("phase") or "", "preparing")
     step = f" of step {short['step']}" if short.get("step") and where != "load weights" else ""
     text = f"Out of {short.get('of', 'device')} memory in {where}{step}"
-    reached = short.get("allocated")
-    if reached:
-        text += f", with up to {format_bytes(reached)} allocated"
-    if short.get("wanted"):
-        text += f" and {format_bytes(short['wanted'])} more wanted"
+    told = {"up to {} allocated": short.get("allocated"), "{} more wanted": short.get("wanted")}
+    figures = [said.format(format_bytes(size)) for said, size in told.items() if size]
+    if figures:
+        text += f", with {' and '.join(figures)}"
     if c.required is None:
         return f"{text}. There was no prediction."
     said = f"The prediction said {format_bytes(c.required)} required"

@@ -123,7 +123,7 @@ class Encoder:
             )
         kept = []
         for number, message in enumerate(value, start=1):
-            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            if not _is_message(message):
                 raise UserError(
                     f"{self._place(row, column)}: message {number} is {_short(message)}, not "
                     'an object with "role" and "content"'
@@ -136,12 +136,13 @@ class Encoder:
         """The conversation as the template writes it; assistant's turns from `first` on learned.
 
         A turn that the template writes otherwise once more follows it (as those do that drop
-        earlier thoughts) can't be told from the rest, and is not learned.
+        earlier thoughts) can't be told from the rest, nor can one that opens the conversation:
+        templates refuse an empty one. Neither is learned.
         """
         whole = self._render(messages, row)
         pieces: Pieces = []
         done = 0
-        for i in range(first, len(messages)):
+        for i in range(max(first, 1), len(messages)):
             if messages[i]["role"] != "assistant":
                 continue
             before = self._render(messages[:i], row, prompt=True)
@@ -261,3 +262,14 @@ def template_of(tokenizer: Any, given: str | None, column: str) -> str | None:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _is_message(value: Any) -> bool:
+    """A role, and text or a list of parts; an assistant that only calls tools says nothing."""
+    if not isinstance(value, dict) or not isinstance(value.get("role"), str):
+        return False
+    content = value.get("content")
+    if content is None:
+        return value["role"] == "assistant"
+    parts = isinstance(content, list) and all(isinstance(part, dict) for part in content)
+    return parts or isinstance(content, str)

@@ -19,7 +19,7 @@ from vramplan_launcher.data.read import NAMED, columns_of, not_utf8, read_rows
 from vramplan_launcher.data.sequences import Collator, Packer, Padder, RandomTokens
 from vramplan_launcher.data.spec import DataSpec
 
-_LAYOUT = 1
+_LAYOUT = 2
 """Goes up when the same rows become other sequences, so that no older conversion is taken."""
 
 
@@ -126,7 +126,7 @@ def load_data(
             if evaluation.counts.sequences == 0:
                 raise UserError(
                     f"evaluation data {evaluation.name!r} fills no sequence of {seq_len} tokens "
-                    f"(it has {evaluation.counts.tokens}): take a larger share, or packing=False"
+                    f"(it has {evaluation.counts.tokens}): take a larger share, or --no-packing"
                 )
             notes += evaluation.counts.sentences("evaluation")
     return Datasets(
@@ -332,7 +332,7 @@ def _check_enough(spec: DataSpec, made: _Set, at_least: int, seq_len: int) -> No
     left_out = f" ({dropped} of {counts.rows} rows had nothing to learn)" if dropped else ""
     ways = "more data, a shorter seq_len, a smaller batch_size or gradient_accumulation_steps"
     if spec.packing:
-        ways += ", or packing=False"
+        ways += ", or --no-packing"
     raise UserError(
         f"data {made.name!r} makes {what}{left_out}, and one step takes {max(1, at_least)}: {ways}"
     )

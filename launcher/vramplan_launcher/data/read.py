@@ -61,8 +61,8 @@ def columns_of(spec: DataSpec, columns: Sequence[str], source: str) -> tuple[str
         raise UnknownName(f"column of data {source!r}", missing, columns)
     raise UserError(
         f"data {source!r} has no column text, messages, or prompt and completion: its columns are "
-        f"{', '.join(columns)}. Name the one to learn (text_column, prompt_column and "
-        "completion_column, or messages_column)"
+        f"{', '.join(columns)}. Name the one to learn (--text-column, --prompt-column and "
+        "--completion-column, or --messages-column)"
     )
 
 
