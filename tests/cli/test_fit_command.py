@@ -26,7 +26,7 @@ def test_the_report() -> None:
         "Runner-up:",
         "The best of each method",
         "> full fine-tuning",
-        "Less memory for more",
+        "Memory against cost",
         "With more",
         "GeForce RTX 5090",
         "2 x GeForce RTX 4090",
@@ -37,6 +37,8 @@ def test_the_report() -> None:
         assert said in text
     assert max(map(len, text.splitlines())) <= 80
     assert "\x1b" not in text
+    command = text[text.index("To run it") :].splitlines()[1:]
+    assert command[0].startswith(f"  vramplan launch {MODEL} ")
 
 
 def test_json_is_the_plan() -> None:

@@ -65,23 +65,24 @@ def command(
     if goal["launch"]:
         check_card(asked.card, cpu=options["cpu"])
     if options["cpu"]:
-        ctx.exit(_tiny(wanted, options))
+        ctx.exit(_tiny(asked.model, wanted, options))
     plan = _planned(asked, wanted, options["emulate_gpu"])
     if path is not None and plan.pick is not None:
         plan.save(path)
-    click.echo(_json(plan, everything) if asked.as_json else _text(plan))
+    command = "" if goal["launch"] else _command(plan, asked.model)
+    click.echo(_json(plan, everything) if asked.as_json else _text(plan, command))
     if plan.pick is not None and goal["launch"]:
         ctx.exit(launched(plan, asked.model, asked.card, options))
     ctx.exit(1 if plan.pick is None else 0)
 
 
-def _tiny(goal: Goal, options: dict[str, Any]) -> int:
+def _tiny(model: str, goal: Goal, options: dict[str, Any]) -> int:
     """The whole loop on the processor."""
     from vramplan.cli.fit_launch import TINY, TINY_CARD, launched, tiny_plan
 
     plan = tiny_plan(goal)
-    click.echo(_text(plan))
-    click.echo(f"\nNow {plan.id} runs on the processor, as if on a {TINY_CARD} card.")
+    click.echo(f"{plan.id} stands in for {model}. It is planned for a {TINY_CARD} card,")
+    click.echo(f"and runs on the processor.\n\n{_text(plan)}\n")
     return launched(plan, str(TINY), TINY_CARD, {**options, "random_weights": True})
 
 
@@ -109,7 +110,18 @@ def _json(plan: Plan, everything: bool) -> str:
     return json.dumps(document, indent=2)
 
 
-def _text(plan: Plan) -> str:
+def _command(plan: Plan, model: str) -> str:
+    """What runs the pick; empty where options can't say all of it."""
+    from vramplan.cli.terminal import command_line, look
+    from vramplan.memory.advice import recipe_flags
+
+    if plan.recipe is None or "deepspeed" in plan.goal.pins:
+        return ""
+    words = ("vramplan", "launch", model, *recipe_flags(plan.recipe), "--data", "train.jsonl")
+    return command_line(words, look().width - 2)
+
+
+def _text(plan: Plan, command: str = "") -> str:
     from vramplan.cli.terminal import look
 
     if plan.pick is None:
@@ -118,7 +130,7 @@ def _text(plan: Plan) -> str:
         return show_misses(plan, look=look())
     from vramplan.reports.plan import show
 
-    return show(plan, steps=_steps(plan), look=look())
+    return show(plan, steps=_steps(plan), command=command, look=look())
 
 
 def _steps(plan: Plan) -> list[Step]:

@@ -17,9 +17,9 @@ from vramplan.planner.goal import METHODS, Goal
 NEAR = 0.01
 """Costs, times and sizes that differ by less are equal: two runs of a recipe differ as much."""
 ORDER_SAID = (
-    "Quality comes first: full fine-tuning, then LoRA, int8 LoRA, QLoRA, and what stays on the "
-    "GPU before what reaches for host memory. Within a method the cheapest is taken; of plans "
-    "that cost the same within 1 % the quickest, and of these the one that needs least memory."
+    "Quality comes first: full fine-tuning, LoRA, int8 LoRA, QLoRA, what stays on the GPU before "
+    "what reaches for host memory. Within a method the cheapest is taken; of what costs the same "
+    "within 1 % the quickest, and then what needs least memory."
 )
 
 

@@ -34,8 +34,15 @@ _FRONT = 6
 """Rows of the front that are shown."""
 
 
-def show(plan: Plan, *, steps: Sequence[Step] = (), look: Look = Look()) -> str:  # noqa: B008
-    """The whole report of a plan that has a pick. `steps`: the same job on other cards."""
+def show(
+    plan: Plan,
+    *,
+    steps: Sequence[Step] = (),
+    command: str = "",
+    look: Look = Look(),  # noqa: B008
+) -> str:
+    """The whole report of a plan that has a pick. `steps`: the same job on other cards; `command`:
+    what runs it."""
     assert plan.pick is not None
     parts = [
         _answer(plan, look),
@@ -47,6 +54,7 @@ def show(plan: Plan, *, steps: Sequence[Step] = (), look: Look = Look()) -> str:
         _steps(plan, steps, look),
         _considered(plan, look),
         _items("Notes", notes_of(plan), look),
+        _command(command, look),
     ]
     return "\n\n".join("\n".join(part) for lines in parts if (part := list(lines)))
 
@@ -217,7 +225,7 @@ def _methods(plan: Plan, look: Look) -> Iterator[str]:
             miss = plan.misses[method]
             short = f"{format_bytes(miss.too_much)} too much"
             if not miss.too_much:
-                short = f"{format_bytes(miss.host)} of host memory"
+                short = f"and {format_bytes(miss.host)} of host memory: too much"
             yield f"  {name:<22}{format_bytes(miss.required or 0):>11}   {short}"
     yield from _indented(ways(plan), look)
 
@@ -253,7 +261,7 @@ def _front(plan: Plan, look: Look) -> Iterator[str]:
     pick, found = plan.pick, plan.front
     if pick is None or len(found) < 2:
         return
-    yield look.paint(f"{'Less memory for more':<24}{'required':>11}{'cost':>8}", "heading")
+    yield look.paint(f"{'Memory against cost':<24}{'required':>11}{'cost':>8}", "heading")
     for candidate in _distinct(found, pick)[:_FRONT]:
         change = ", ".join(differences(candidate.recipe, pick.recipe)) or "the pick"
         share = relative_cost(candidate, pick)
@@ -298,10 +306,18 @@ def step_said(step: Step) -> str:
         return f"{said}the best plan would use {pick.cards} of them."
     else:
         said += f"{method}; "
+    if not step.method and abs(step.quicker - 1) < NEAR and abs(step.cost - 1) < NEAR:
+        return f"{step.gpus}: {method}, no quicker and no cheaper."
     how = f"micro-batch {pick.recipe.batch_size}"
     how += ", checkpointing" if pick.recipe.gradient_checkpointing else ", no checkpointing"
     how += f", {zero_said(pick.recipe)}" if pick.cards > 1 else ""
-    return f"{said}{how}: {step.quicker:.2f} x the tokens/s for {step.cost:.2f} x the card-hours."
+    return f"{said}{how}. {step.quicker:.2f} x the tokens/s for {step.cost:.2f} x the card-hours."
+
+
+def _command(command: str, look: Look) -> Iterator[str]:
+    if command:
+        yield look.paint("To run it", "heading")
+    yield from (f"  {line}" for line in command.splitlines())
 
 
 def _considered(plan: Plan, look: Look) -> Iterator[str]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from vramplan.planner.candidates import FITS, HOST, TOO_LARGE
 from vramplan.planner.goal import METHOD_NAMES
+from vramplan.planner.space import LOWER, MISSING, NO_BETTER
 from vramplan.recipe.optimizers import find_optimizer
 from vramplan.recipe.recipe import LoRA
 from vramplan.units import format_bytes
@@ -63,21 +65,21 @@ def relative_cost(candidate: Candidate, base: Candidate) -> float:
     return (candidate.card_seconds or 0.0) / (base.card_seconds or 1.0)
 
 
+_VERDICTS = {
+    FITS: "fit",
+    TOO_LARGE: "are too large",
+    HOST: "need too much host memory",
+    NO_BETTER: "are no better than one of these",
+    LOWER: "round more than they have to",
+    MISSING: "need flash-attn, which is not installed",
+}
+
+
 def considered_said(plan: Plan) -> str:
     """How many recipes were looked at, and what became of them."""
-    counts = dict(plan.counts)
-    total = sum(counts.values())
-    fits = counts.pop("fits", 0)
-    said = f"{total:,} legal recipes: {fits:,} fit"
-    words = {
-        "too large": "are too large",
-        "too much host memory": "need too much host memory",
-        "no better": "are no better than another in memory, time or what is learned",
-        "lower precision": "are of lower precision than need be",
-        "not installed": "need flash-attn, which is not installed",
-    }
-    rest = [f"{n:,} {words[verdict]}" for verdict, n in counts.items()]
-    return f"{said}{', ' if rest else ''}{', '.join(rest)}."
+    total = sum(plan.counts.values())
+    said = [f"{plan.counts[v]:,} {word}" for v, word in _VERDICTS.items() if plan.counts.get(v)]
+    return f"Of {total:,} legal recipes {', '.join(said)}. --json --all lists them."
 
 
 def notes_of(plan: Plan) -> list[str]:
