@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
 from vramplan.cli.main import cli
+from vramplan.hardware.catalogue import parse_gpu
+from vramplan.hardware.gpu import GpuProcess, Gpus
 
 MODEL = "meta-llama/Llama-3.2-1B"
 
@@ -252,8 +255,6 @@ def test_which_gpu() -> None:
 
 
 def test_a_run_sees_the_cards_of_its_plan_alone() -> None:
-    from dataclasses import replace
-
     from vramplan.cli.fit_launch import visible
     from vramplan.planner.goal import Goal
     from vramplan.planner.plan import fit
@@ -270,6 +271,54 @@ def test_launching_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> Non
     assert result.exit_code == 2
     assert "--launch needs a GPU" in result.output
     assert "--cpu" in result.output
+
+
+def in_use() -> list[Gpus]:
+    """A 24 GB card of which another process has 10."""
+    return [
+        replace(
+            parse_gpu("rtx-4090"),
+            free=14 * 2**30,
+            others=(GpuProcess(pid=77, used=9 * 2**30),),
+            indices=(0,),
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("fit", MODEL),
+        ("max", MODEL),
+        ("ladder", MODEL),
+        ("sweep", MODEL, "--over", "seq=1k,2k"),
+        ("fit", "meta-llama/Llama-3.1-405B"),
+    ],
+    ids=" ".join,
+)
+def test_free_memory_counts_and_is_said(
+    words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vramplan.hardware.nvml.gpus_here", lambda: (in_use(), ""))
+    output = CliRunner().invoke(cli, list(words), catch_exceptions=False).output
+    said = " ".join(output.split())
+    assert "has 14.0 GiB free of 23.5 GiB; other processes use it (77)." in said
+    assert "What is free now is what counts." in said
+    if words == ("fit", MODEL):
+        assert "GeForce RTX 4090 with nothing else on it:" in said
+        assert "this command, with --launch" in said
+
+
+def test_a_plan_for_a_larger_card_is_not_started(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("vramplan.hardware.nvml.gpus_here", lambda: (in_use(), ""))
+    monkeypatch.setattr("vramplan_launcher.needs.check_installed", lambda job: None)
+    words = ("--gpu", "80GB", "--method", "full", "--launch", "--random-weights")
+    result = run(MODEL, *words)
+    assert result.exit_code == 1
+    assert "It was not started: it does not fit." in result.output
 
 
 def test_the_tiny_model_is_planned_for_the_processor(

@@ -69,7 +69,7 @@ def command(
     plan = _planned(asked, wanted, options["emulate_gpu"])
     if path is not None and plan.pick is not None:
         plan.save(path)
-    command = "" if goal["launch"] else _command(plan, asked.model)
+    command = "" if goal["launch"] else _to_run(plan, asked.model)
     click.echo(_json(plan, everything) if asked.as_json else _text(plan, command))
     if plan.pick is not None and goal["launch"]:
         ctx.exit(launched(plan, asked.model, asked.card, options))
@@ -110,8 +110,11 @@ def _json(plan: Plan, everything: bool) -> str:
     return json.dumps(document, indent=2)
 
 
-def _command(plan: Plan, model: str) -> str:
-    """What runs the pick; empty where options can't say all of it."""
+def _to_run(plan: Plan, model: str) -> str:
+    """What runs the pick: on the cards here, those of them that it uses. Empty where options can't
+    say all of it."""
+    if plan.gpus.indices:
+        return "this command, with --launch --data train.jsonl"
     from vramplan.cli.terminal import command_line, look
     from vramplan.memory.advice import recipe_flags
 

@@ -141,7 +141,7 @@ def _job(plan: Plan, model: str, card: str | None, given: dict[str, Any], *, ran
     return Job(
         model=model,
         recipe=plan.recipe,
-        gpu=emulate or card,
+        gpu=emulate or (card if given["cpu"] else None),  # else the cards here are what counts
         data=data,
         training=training_of(given),
         random_weights=random,

@@ -24,7 +24,7 @@ def groups_of(cards: Cards) -> tuple[list[Gpus], list[str]]:
     Raises UserError where there is no card, or UnknownName.
     """
     found = _here() if cards is None else [_one(card) for card in _listed(cards)]
-    notes = [note for group in found for note in _in_use(group)]
+    notes = [note for group in found if (note := in_use(group))]
     if len(found) < 2:
         return found, notes
     notes.append(
@@ -63,18 +63,19 @@ def _here() -> list[Gpus]:
     return found
 
 
-def _in_use(group: Gpus) -> Iterable[str]:
-    """What is to be said of a card that is not all ours."""
-    if group.free is None:
-        return
+def in_use(group: Gpus | None) -> str:
+    """What is to be said of cards that are not all ours; empty: nothing."""
+    if group is None or group.free is None:
+        return ""
     taken = group.gpu.capacity - group.free
-    least = "the fullest of them has" if group.count > 1 else "has"
-    said = f"{group}: {least} {format_bytes(group.free)} free of {format_bytes(group.gpu.capacity)}"
+    if not group.others and taken <= group.gpu.capacity // 100:
+        return ""
+    who = f"{group}: the fullest of them has" if group.count > 1 else f"{group} has"
+    said = f"{who} {format_bytes(group.free)} free of {format_bytes(group.gpu.capacity)}"
     if group.others:
         pids = ", ".join(str(process.pid) for process in group.others)
-        yield f"{said}; other processes use it ({pids}). What is free now is what counts."
-    elif taken > group.gpu.capacity // 100:
-        yield f"{said}. What is free now is what counts."
+        said += f"; other processes use it ({pids})"
+    return f"{said}. What is free now is what counts."
 
 
 def _together(groups: list[Gpus]) -> Gpus:
@@ -115,11 +116,11 @@ def next_larger(gpus: Gpus) -> Gpu | None:
     several the latest. None: there is none."""
     room = gpus.gpu.capacity if gpus.free is None else gpus.free
     vendor = "nvidia" if gpus.nominal else gpus.gpu.vendor
-    larger = [gpu for gpu in all_gpus() if gpu.vendor == vendor and _notably(gpu.capacity, room)]
+    larger = [gpu for gpu in all_gpus() if gpu.vendor == vendor and notably(gpu.capacity, room)]
     return min(larger, key=lambda gpu: (_sold(gpu), -(gpu.year or 0)), default=None)
 
 
-def _notably(size: int, than: int) -> bool:
+def notably(size: int, than: int) -> bool:
     """More by a tenth: cards of one size as sold differ by less."""
     return size * 10 > than * 11
 

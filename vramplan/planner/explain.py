@@ -8,7 +8,7 @@ from typing import Any
 
 from vramplan.hardware.gpu import Gpu, Gpus
 from vramplan.planner.candidates import Candidate
-from vramplan.planner.cards import next_larger, smallest_with
+from vramplan.planner.cards import next_larger, notably, smallest_with
 from vramplan.planner.goal import METHODS
 from vramplan.planner.plan import Plan, plan_for
 from vramplan.recipe.recipe import Recipe
@@ -42,7 +42,12 @@ class Step:
 
 
 def larger_card(plan: Plan) -> Step | None:
-    """The same number of the next larger card; None where there is none."""
+    """The same number of the next larger card; of cards that are in use the same ones with nothing
+    else on them. None where there is none."""
+    mine, free = plan.gpus.gpu, plan.gpus.free
+    if free is not None and notably(mine.capacity, free):
+        alone = replace(mine, name=f"{mine.name} with nothing else on it")
+        return _step(plan, Gpus(gpu=alone, count=plan.gpus.count))
     gpu = next_larger(plan.gpus)
     if gpu is None:
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from vramplan.planner.cards import in_use
 from vramplan.reports.text import Look, wrap
 from vramplan.units import format_bytes
 
@@ -16,7 +17,7 @@ _BAR = 14
 
 def show(found: Ladder, look: Look = Look()) -> str:  # noqa: B008
     """The whole report, at most `look.width` columns."""
-    sections = (_head, _rungs, _measured, _skipped, _list)
+    sections = (_head, _rungs, _measured, _skipped, _list, _in_use)
     parts = [section(found, look) for section in sections]
     return "\n\n".join("\n".join(part) for lines in parts if (part := list(lines)))
 
@@ -80,6 +81,10 @@ def _skipped(found: Ladder, look: Look) -> Iterator[str]:
         first, *more = wrap(f"Without {name}: {why}.", look.width)
         yield first
         yield from (f"  {line}" for line in more)
+
+
+def _in_use(found: Ladder, look: Look) -> Iterator[str]:
+    yield from wrap(in_use(found.gpus), look.width)
 
 
 def _list(found: Ladder, look: Look) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from vramplan.planner.cards import in_use
 from vramplan.reports.text import Look, wrap
 from vramplan.units import format_bytes
 
@@ -21,6 +22,7 @@ def show(model: str, gpus: Gpus, found: Sequence[Limit], look: Look = Look()) ->
     lines = [look.paint(f"{model} on {gpus}", "heading")]
     for limit in found:
         lines += _limit(limit, look)
+    lines += wrap(in_use(gpus), look.width)
     return "\n".join(lines)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from vramplan.planner.cards import in_use
 from vramplan.reports.text import Look, wrap
 from vramplan.units import format_bytes
 
@@ -37,6 +38,7 @@ def _lines(found: Sweep, look: Look) -> Iterator[str]:
     yield look.paint(head, "heading")
     for row in found.rows:
         yield from _row(row, widths, found, measured, look)
+    yield from wrap(in_use(found.gpus), look.width)
 
 
 def _row(
