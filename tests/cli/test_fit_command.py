@@ -14,6 +14,7 @@ from vramplan.hardware.catalogue import parse_gpu
 from vramplan.hardware.gpu import GpuProcess, Gpus
 
 MODEL = "meta-llama/Llama-3.2-1B"
+TIME = ("--objective", "time")
 
 
 def run(*arguments: str) -> Result:
@@ -251,7 +252,16 @@ def test_which_gpu() -> None:
     assert result.exit_code == 0
     assert "Take " in result.output
     assert "GeForce RTX 4090" in result.output
+    assert "Without prices" not in result.output
     assert max(map(len, result.output.splitlines())) <= 80
+
+
+def test_which_gpu_is_quickest() -> None:
+    words = ("--gpu", "h100-80gb,a40,rtx-4090", "--which-gpu", "--method", "lora", "--json")
+    by_cost, by_time = (json.loads(run(MODEL, *words, *o).output) for o in ((), TIME))
+    hours = [offer["cost"]["hours"] for offer in by_time]
+    assert hours == sorted(hours)
+    assert by_cost[0]["gpu"] != by_time[0]["gpu"] == "h100-80gb"
 
 
 def test_a_run_sees_the_cards_of_its_plan_alone() -> None:

@@ -47,8 +47,8 @@ def which_gpu(model: Model, goal: Goal = Goal(), cards: Cards = None) -> list[Of
     """The job on each card of the catalogue of which a price is known (with `goal.price`: on each
     whose rates are known), or on `cards` alone, by as few of them as it takes.
 
-    Offers of the best method come first, and of these the cheapest. Without a price card-hours
-    count. A card has no offer where nothing fits on 8 of it. Raises UserError as `fit` does.
+    Offers of the best method come first, and of these the cheapest, or with the objective time the
+    quickest. Without a price card-hours count. A card has no offer where nothing fits on 8 of it. Raises UserError as `fit` does.
     """
     name, arch, _ = resolve(model)
     named = cards is not None
@@ -69,14 +69,16 @@ def which_gpu(model: Model, goal: Goal = Goal(), cards: Cards = None) -> list[Of
             found.append(Offer(gpus=plan.gpus, pick=plan.pick, cost=cost, plan=plan))
             if plan.pick.stays and plan.pick.method == goal.considered[0]:
                 break
-    return sorted(found, key=order)
+    return sorted(found, key=lambda offer: _order(offer, goal))
 
 
-def order(offer: Offer) -> tuple[Any, ...]:
-    """Quality, then what it costs."""
+def _order(offer: Offer, goal: Goal) -> tuple[Any, ...]:
+    """Quality, then what the goal asks for: cost, or time."""
     price = offer.cost.dollars
+    cost = (price is None, price or offer.cost.gpu_hours)
     method = METHODS.index(offer.pick.method)
-    return (not offer.pick.stays, method, price is None, price or offer.cost.gpu_hours)
+    asked = (offer.cost.hours,) if goal.objective == "time" else cost
+    return (not offer.pick.stays, method, *asked)
 
 
 def cheapest_by_method(offers: list[Offer]) -> dict[str, Offer]:

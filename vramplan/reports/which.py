@@ -47,16 +47,16 @@ def _table(offers: Sequence[Offer], look: Look) -> Iterator[str]:
     for offer in mine[:_ROWS]:
         yield _row(offer)
     if len(mine) > _ROWS:
-        yield f"  ... and {len(mine) - _ROWS} dearer ones"
-    dated = next((o.cost.price_source for o in mine if o.cost.price_source), None)
-    if dated and dated != "given":
+        yield f"  ... and {len(mine) - _ROWS} more"
+    source = next((o.cost.price_source for o in mine if o.cost.price_source), None)
+    if source is None:
+        yield "Without prices, card-hours are compared."
+    elif source != "given":
         yield from wrap(
             "Prices are public list prices, dated, with their sources in --json; --price sets one "
             "for all.",
             look.width,
         )
-    else:
-        yield "Without prices, card-hours are compared."
 
 
 def _row(offer: Offer) -> str:
