@@ -48,7 +48,8 @@ def which_gpu(model: Model, goal: Goal = Goal(), cards: Cards = None) -> list[Of
     whose rates are known), or on `cards` alone, by as few of them as it takes.
 
     Offers of the best method come first, and of these the cheapest, or with the objective time the
-    quickest. Without a price card-hours count. A card has no offer where nothing fits on 8 of it. Raises UserError as `fit` does.
+    quickest. Without a price card-hours count. A card has no offer where nothing fits on 8 of it.
+    Raises UserError as `fit` does.
     """
     name, arch, _ = resolve(model)
     named = cards is not None
