@@ -40,8 +40,6 @@ LOG = "log.txt"
 CODES = {"ended": 0, "does_not_fit": 1, "refused": 2, "out_of_memory": 3, "failed": 4}
 """Exit codes by outcome; an interrupted run's is 130."""
 INTERRUPTED = 130
-_TAIL = 200_000
-"""Characters of the log in which the cause of a failure is looked for."""
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _BEFORE = re.compile(
     r"job\.(json|sbatch)|plan\.json|command\.sh|ds_config\.json|(log|slurm)-.*\.txt"
@@ -231,7 +229,11 @@ def launch(
         dropped = drop_incomplete(folder)
         if dropped:
             document["notes"].append(f"deleted what was half-written: {', '.join(dropped)}")
-        write_measurement(folder, document)
+        try:
+            write_measurement(folder, document)
+        except UserError as error:
+            failure = failure or {"sentence": str(error), "advice": ""}
+            document |= {"outcome": "failed", "failure": failure}
     return Outcome(
         outcome=document["outcome"],
         folder=folder,
@@ -327,8 +329,7 @@ def _failure(
         return None
     if "out_of_memory" in ends:
         return None  # told with its figures
-    text = log.read_text(encoding="utf-8", errors="replace")[-_TAIL:] if log.exists() else ""
-    text = without_names(text, watch.hosts)
+    text = without_names("".join(watch.tail), watch.hosts)
     found = diagnose(watch.worst(code), text, log_path=log)
     return {
         "kind": found.kind,

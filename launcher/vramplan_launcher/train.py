@@ -37,7 +37,10 @@ def main(arguments: list[str]) -> int:
     rank = int(os.environ.get("RANK", "0"))
     tell("hello", rank=rank, pid=os.getpid())
     code, report = _run(path, rank)
-    write_json(rank_file(path.parent, rank), report)
+    try:
+        write_json(rank_file(path.parent, rank), report)
+    except UserError as error:  # a full disk: what ended the run stands in the log
+        print(error)
     tell("bye", rank=rank, outcome=report["outcome"], code=code)
     return code
 

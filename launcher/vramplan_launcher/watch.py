@@ -22,6 +22,8 @@ from vramplan_launcher.hosts import GUARD, RemoteRank
 GRACE = 5.0
 """Seconds that ranks have to end by themselves when one of them has failed."""
 _EVERY = 0.2
+_TAIL = 3000
+"""Lines in which the cause of a failure is looked for."""
 # pdsh 2.34, dsh.c, _rcmd_thread (ssh).
 _HOST_FAILED = re.compile(r"pdsh@\S+: \S+: ssh exited with exit code")
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
@@ -51,6 +53,8 @@ class Watch:
         """The ranks that the command started."""
         self.codes: dict[int, int] = {}
         """Exit codes of the ranks that said goodbye."""
+        self.tail: deque[str] = deque(maxlen=_TAIL)
+        """The end of the log."""
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._signals: deque[int] = deque()
         self._failed_at: float | None = None
@@ -91,11 +95,12 @@ class Watch:
 
     def _read(self, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
-        with process.stdout, self.log.open("w", encoding="utf-8") as log:
+        with process.stdout, self.log.open("wb", buffering=0) as log:
             for line in process.stdout:
                 if heard(line) is None:
-                    log.write(line)
-                    log.flush()
+                    self.tail.append(line)
+                    with contextlib.suppress(OSError):  # on a full disk the run is still heard
+                        log.write(line.encode())
                 self._lines.put(line)
         self._lines.put(None)
 
