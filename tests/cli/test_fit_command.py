@@ -256,6 +256,17 @@ def test_which_gpu() -> None:
     assert max(map(len, result.output.splitlines())) <= 80
 
 
+def test_which_gpu_passes_over_what_a_card_cannot_run() -> None:
+    words = ("--which-gpu", "--method", "lora", "--attention", "flash_attention_2", "--json")
+    offers = json.loads(run(MODEL, "--gpu", "v100-16gb,a40", *words).output)
+    assert {offer["gpu"] for offer in offers} == {"a40"}
+    assert run(MODEL, "--gpu", "v100-16gb,t4", *words).exit_code == 2
+    several = json.loads(
+        run(MODEL, "--gpu", "a40", "--which-gpu", "--world-size", "16", "--json").output
+    )
+    assert several[0]["count"] == 16
+
+
 def test_which_gpu_is_quickest() -> None:
     words = ("--gpu", "h100-80gb,a40,rtx-4090", "--which-gpu", "--method", "lora", "--json")
     by_cost, by_time = (json.loads(run(MODEL, *words, *o).output) for o in ((), TIME))

@@ -8,7 +8,7 @@ from itertools import combinations
 from typing import Any
 
 from vramplan.errors import IllegalRecipe, UserError
-from vramplan.planner.goal import Goal, contradiction
+from vramplan.planner.goal import METHODS, Goal, contradiction
 from vramplan.planner.space import Refusal, Space
 from vramplan.recipe.recipe import LoRA
 
@@ -55,6 +55,8 @@ def _empty(space: Space, decisions: tuple[tuple[str, Any], ...]) -> str | None:
     """The reason why these alone leave nothing; None: they leave something."""
     pins = {k: v for k, v in decisions if k not in ("methods", "lora", "seq_len")}
     others = {k: v for k, v in decisions if k in ("methods", "lora", "seq_len")}
+    if "lora" in others:  # decides nothing of full fine-tuning
+        others = {"methods": tuple(m for m in METHODS if m != "full"), **others}
     base = Goal(effective_batch=space.goal.effective_batch, seq_len=space.goal.seq_len)
     try:
         trial = Space(space.arch, space.gpu, space.count, replace(base, pins=pins, **others))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from vramplan.errors import UserError
 from vramplan.hardware.catalogue import all_gpus
 from vramplan.hardware.gpu import Gpu, Gpus
 from vramplan.hardware.prices import list_price
 from vramplan.memory.estimate import Model, resolve
+from vramplan.models.architecture import Architecture
 from vramplan.planner.candidates import Candidate
 from vramplan.planner.cards import Cards, groups_of
 from vramplan.planner.goal import METHODS, Goal
@@ -55,22 +58,34 @@ def which_gpu(model: Model, goal: Goal = Goal(), cards: Cards = None) -> list[Of
     named = cards is not None
     memory: Memory = {}
     kinds = [group.gpu for group in groups_of(cards)[0]] if named else _known(goal)
-    found = []
+    found: list[Offer] = []
+    errors: list[UserError] = []
     for gpu in kinds:
-        nominal = named and not gpu.arch
-        for count in COUNTS:
-            if goal.effective_batch % count or goal.pins.get("world_size", count) != count:
-                continue
-            pinned = replace(goal, pins={**goal.pins, "world_size": count})
-            gpus = Gpus(gpu=gpu, count=count, nominal=nominal)
-            plan = plan_on(name, model, arch, gpus, pinned, memory)
-            if plan.pick is None:
-                continue
-            cost = plan.cost_of(plan.pick)
-            found.append(Offer(gpus=plan.gpus, pick=plan.pick, cost=cost, plan=plan))
-            if plan.pick.stays and plan.pick.method == goal.considered[0]:
-                break
+        card = Gpus(gpu=gpu, nominal=named and not gpu.arch)
+        try:
+            found += _offers(name, model, arch, card, goal, memory)
+        except UserError as error:  # of this card: another may do
+            errors.append(error)
+    if errors and len(errors) == len(kinds):
+        raise errors[0]
     return sorted(found, key=lambda offer: _order(offer, goal))
+
+
+def _offers(
+    name: str, model: Model, arch: Architecture, card: Gpus, goal: Goal, memory: Memory
+) -> Iterator[Offer]:
+    """Of one card: by each number of it, up to the first with which the best method stays on it."""
+    pinned = goal.pins.get("world_size")
+    for count in (pinned,) if pinned else COUNTS:
+        if goal.effective_batch % count:
+            continue
+        wanted = replace(goal, pins={**goal.pins, "world_size": count})
+        plan = plan_on(name, model, arch, replace(card, count=count), wanted, memory)
+        if plan.pick is None:
+            continue
+        yield Offer(gpus=plan.gpus, pick=plan.pick, cost=plan.cost_of(plan.pick), plan=plan)
+        if plan.pick.stays and plan.pick.method == goal.considered[0]:
+            return
 
 
 def _order(offer: Offer, goal: Goal) -> tuple[Any, ...]:

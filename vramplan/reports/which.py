@@ -25,7 +25,7 @@ def show(model: str, goal: Goal, offers: Sequence[Offer], look: Look = Look()) -
 
 def _answer(model: str, goal: Goal, offers: Sequence[Offer], look: Look) -> Iterator[str]:
     if not offers:
-        yield look.paint("No card of the catalogue has room for this, nor 8 of them.", "bad")
+        yield look.paint("No cards of the catalogue have room for this.", "bad")
     else:
         best = offers[0]
         method = METHOD_NAMES[best.pick.method]
