@@ -15,6 +15,12 @@ HOST = "too much host memory"
 VERDICTS = (FITS, TOO_LARGE, HOST, NO_BETTER, LOWER, MISSING)
 
 
+def offloads(recipe: Recipe) -> bool:
+    """Whether DeepSpeed keeps states or weights of it in host memory."""
+    zero = recipe.deepspeed
+    return zero is not None and bool(zero.offload_optimizer or zero.offload_param)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
     """One recipe of the space. Sizes are bytes on each card, but `host`."""
@@ -66,8 +72,7 @@ class Candidate:
     @property
     def offloads(self) -> bool:
         """Whether it keeps states or weights in host memory by DeepSpeed."""
-        zero = self.recipe.deepspeed
-        return zero is not None and bool(zero.offload_optimizer or zero.offload_param)
+        return offloads(self.recipe)
 
     @property
     def stays(self) -> bool:

@@ -3,13 +3,14 @@
 Plain runs on one card share the walk through their program: for a micro-batch it is the same under
 every optimizer. Three bounds save most of the work, and change no answer: a draft that another one
 is no worse than (space.NO_BETTER) is not evaluated; where weights, states and gradients alone
-exceed the card, nothing is compiled; and where only the pick is asked for (Space.whole False), a
-method that has a plan on the cards ends the search, as none after it can be picked.
+exceed the card, nothing is compiled; and where only the pick is asked for (Space.whole False),
+what is offloaded comes last, and a method that has a plan on the cards ends the search, as nothing
+after it can be picked (rank.picked).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from vramplan.memory.ranks import weights_in_order
 from vramplan.memory.states import Trained, layout
 from vramplan.memory.timeline import Parts, parts, run_timeline
 from vramplan.models.architecture import Architecture
-from vramplan.planner.candidates import FITS, HOST, TOO_LARGE, Candidate
+from vramplan.planner.candidates import FITS, HOST, TOO_LARGE, Candidate, offloads
 from vramplan.planner.space import NO_BETTER, Draft, Refusal, Space
 from vramplan.recipe.deepspeed import DeepSpeed
 from vramplan.recipe.optimizers import find_optimizer
@@ -194,8 +195,12 @@ def search(space: Space, evaluator: Evaluator, clock: Clock, *, pruning: bool = 
     refused: list[Refusal] = []
     evaluated = 0
     settled = None  # the method that has a plan on the cards
-    for draft in space.drafts():
-        if settled not in (None, draft.method) and not space.whole:
+    drafts: Iterable[Draft] = space.drafts()
+    if not space.whole:
+        drafts = sorted(drafts, key=lambda draft: offloads(draft.recipe))
+    for draft in drafts:
+        settles = draft.method == settled and not offloads(draft.recipe)
+        if settled and not settles and not space.whole:
             break
         if draft.verdict and (pruning or draft.verdict != NO_BETTER):
             found.append(_unevaluated(draft))
