@@ -46,6 +46,11 @@ def test_the_default_sequence_is_one_that_the_model_has() -> None:
     assert run("openai-community/gpt2", "--gpu", "24GB", "--seq-len", "2048").exit_code == 2
 
 
+def test_long_names_are_wrapped() -> None:
+    long = ("deepseek-ai/DeepSeek-R1-Distill-Llama-8B", "--gpu", "rtx-pro-6000-server", "--lora")
+    assert max(map(len, run(*long).output.splitlines())) <= 80
+
+
 def test_wrong_input() -> None:
     result = run(MODEL, "--gpu", "nothing")
     assert result.exit_code == 2

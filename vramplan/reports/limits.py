@@ -19,7 +19,7 @@ _UNITS = {"seq_len": "token", "batch_size": "sequence"}
 
 def show(model: str, gpus: Gpus, found: Sequence[Limit], look: Look = Look()) -> str:  # noqa: B008
     """The whole report."""
-    lines = [look.paint(f"{model} on {gpus}", "heading")]
+    lines = [look.paint(line, "heading") for line in wrap(f"{model} on {gpus}", look.width)]
     for limit in found:
         lines += _limit(limit, look)
     lines += wrap(in_use(gpus), look.width)

@@ -64,7 +64,7 @@ def _row(
 
 
 def _short(name: str) -> str:
-    return name.removeprefix("lora_") if len(name) > 12 else name
+    return name.removeprefix("lora_").removeprefix("gradient_") if len(name) > 12 else name
 
 
 def word(value: object) -> str:
