@@ -152,7 +152,7 @@ def test_out_is_asked_for(capsys: Captured) -> None:
 def test_a_file_in_the_way(tmp_path: Path, capsys: Captured) -> None:
     (tmp_path / "out").write_text("")
     assert main(["config", SMALL, "--zero", "2", "--out", str(tmp_path / "out")]) == 2
-    assert "can't write to" in capsys.readouterr().err
+    assert "can't write '" in capsys.readouterr().err
 
 
 def test_estimate_reads_what_a_person_wrote(tmp_path: Path, capsys: Captured) -> None:

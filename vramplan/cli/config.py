@@ -109,11 +109,8 @@ def _write(folder: Path, texts: dict[str, str], *, force: bool) -> None:
             f"{str(folder)!r} holds {', '.join(there)} already: name another folder, or overwrite "
             "with --force"
         )
-    try:
-        for name, text in texts.items():
-            write_text(folder / name, text)
-    except OSError as error:
-        raise UserError(f"can't write to {str(folder)!r}: {error.strerror}") from error
+    for name, text in texts.items():
+        write_text(folder / name, text)
 
 
 def _json(config: Config, folder: Path, texts: dict[str, str], fits: bool | None) -> str:
