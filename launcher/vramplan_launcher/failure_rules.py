@@ -76,7 +76,8 @@ EXACT: tuple[Rule, ...] = (
         "port_in_use",
         r"port: (?P<port>\d+).*EADDRINUSE|EADDRINUSE|\[Errno 98\] Address already in use",
         "port {port} where processes meet is in use",
-        "Another run on this machine has it: end that, or give another port.",
+        "Another run on this machine has it: end that, or give another (--rendezvous HOST:PORT, or "
+        "MASTER_PORT with --hostfile).",
     ),
     # deepspeed/ops/op_builder/builder.py, assert_no_cuda_mismatch.
     _rule(

@@ -91,19 +91,28 @@ def _holds(process: Path, file: Path) -> bool:
 
 
 def group_of_one(job: Job) -> dict[str, str]:
-    """What a single process needs to be told to make a process group: free port, rank 0 of 1.
+    """What a single process needs to be told to make a process group: a port, rank 0 of 1.
 
     DeepSpeed reads them all (0.19.8, comm/comm.py, init_distributed). On the processor accelerate
     takes the same port for every run (1.15, state.py, PartialState): two at a time would collide.
     """
     zero = job.recipe.deepspeed is not None and not job.pretend_ranks
-    if job.processes > 1 or "MASTER_PORT" in os.environ or not (job.cpu or zero):
+    if job.processes > 1 or not (job.cpu or zero):
         return {}
+    given = os.environ
+    made = {
+        "MASTER_ADDR": given.get("MASTER_ADDR", "127.0.0.1"),
+        "MASTER_PORT": given.get("MASTER_PORT") or str(free_port()),
+    }
+    if zero:
+        made |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    return made
+
+
+def free_port() -> int:
+    """A port of this machine that nobody has now."""
     import socket
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        made = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    if zero:
-        made |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    return made
+        return int(free.getsockname()[1])

@@ -95,16 +95,29 @@ def _lora(model: Any) -> LoRA | None:
         raise UserError(f"peft's {kind} is not modelled: LoRA is")
     adapters = [p for n, p in model.named_parameters() if "lora_A" in n]
     dtype = _NAMES.get(adapters[0].dtype, "fp32") if adapters else "fp32"
-    targets = config.target_modules
-    if not isinstance(targets, str):
-        targets = tuple(targets)
     return LoRA(
         rank=config.r,
         alpha=config.lora_alpha,
         dropout=config.lora_dropout,
-        target_modules=targets,
+        target_modules=_adapted(model),
         dtype=dtype,  # type: ignore[arg-type]
     )
+
+
+def _adapted(model: Any) -> tuple[str, ...]:
+    """The kinds of modules that have adapters, as one names them to peft.
+
+    Read off the model: peft keeps full names, a pattern or "all-linear" in its config.
+    """
+    found = {n.partition(".lora_A.")[0] for n, _ in model.named_parameters() if ".lora_A." in n}
+    kinds = {name.rpartition(".")[2] for name in found}
+    alike = {n for n, _ in model.named_modules() if n.rpartition(".")[2] in kinds}
+    if alike != found:
+        raise UserError(
+            f"LoRA on {len(found)} of {len(alike)} modules named {', '.join(sorted(kinds))} is not "
+            "modelled: on all of them is"
+        )
+    return tuple(sorted(kinds))
 
 
 def _attention(model: Any) -> Any:

@@ -33,7 +33,7 @@ from vramplan_launcher.files import write_json, write_text
 from vramplan_launcher.hosts import passed_on, without_names
 from vramplan_launcher.job import JOB, Job
 from vramplan_launcher.measurement import assemble, reports, write_measurement
-from vramplan_launcher.needs import free_stale_locks, group_of_one
+from vramplan_launcher.needs import free_port, free_stale_locks, group_of_one
 from vramplan_launcher.watch import GRACE, Watch
 
 LOG = "log.txt"
@@ -206,6 +206,9 @@ def launch(
     watch = Watch(
         command, {**os.environ, **environment}, log, hear=hear, echo=how.echo, hosts=how.hosts
     )
+    if how.nodes is not None and how.meets and how.nodes.count > 1:
+        place = f"{how.nodes.count} machines at {how.nodes.rendezvous}"
+        hear({"event": "note", "text": f"Waiting for {place} ..."})
     code = watch.run()
     reporting = not how.meets or 0 in watch.ranks
     ranks = _all_reports(folder, job.processes if how.meets and reporting else 0)
@@ -250,8 +253,17 @@ def ranks_command(job: Job, how: Launch, path: Path = Path(JOB)) -> list[str]:
         processes=job.processes,
         nodes=how.nodes,
         launcher=how.launcher,
+        port=_port(how),
         visible=None if job.cpu else os.environ.get("CUDA_VISIBLE_DEVICES"),
     )
+
+
+def _port(how: Launch) -> int | None:
+    """DeepSpeed's, which it takes for free: $MASTER_PORT, or here one that is."""
+    given = os.environ.get("MASTER_PORT", "")
+    if given.isdigit():
+        return int(given)
+    return None if how.hosts else free_port()
 
 
 def new_log(folder: Path, how: Launch) -> Path:

@@ -117,6 +117,23 @@ def test_what_it_cannot_read_is_said_and_stops_nothing(tmp_path: Path) -> None:
     assert other.state.global_step == 4
 
 
+@pytest.mark.parametrize("targets", ["all-linear", r".*\.(q_proj|v_proj)$"])
+def test_adapters_are_read_off_the_model(tmp_path: Path, targets: str) -> None:
+    """Of a small model peft keeps "all-linear" as fourteen full names, and a pattern as it is."""
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=targets)
+    run = trainer(tmp_path, MemoryCheck(stream=io.StringIO()))
+    lora = recipe_of(peft.get_peft_model(model(False), config), run.args, Rows()).lora
+    assert lora is not None
+    attention = {"k_proj", "o_proj", "q_proj", "v_proj"} if targets == "all-linear" else set()
+    mlp = {"down_proj", "gate_proj", "up_proj"} if targets == "all-linear" else set()
+    assert set(lora.target_modules) == attention | mlp | {"q_proj", "v_proj"}
+    some = peft.LoraConfig(
+        task_type="CAUSAL_LM", target_modules=["q_proj"], layers_to_transform=[0]
+    )
+    with pytest.raises(UserError, match="LoRA on 1 of 2 modules named q_proj is not modelled"):
+        recipe_of(peft.get_peft_model(model(False), some), run.args, Rows())
+
+
 def test_the_length_is_the_limit_or_the_longest_row(tmp_path: Path) -> None:
     run = trainer(tmp_path, MemoryCheck(stream=io.StringIO()))
     assert recipe_of(run.model, run.args, Rows()).seq_len == 24

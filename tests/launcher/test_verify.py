@@ -88,15 +88,17 @@ def test_out_of_memory(
     config = {**json.loads((config_only / "config.json").read_text()), "vocab_size": 32_000}
     (wide / "config.json").write_text(json.dumps(config), encoding="utf-8")
     short = ("--seq-len", "512", "--cpu", "--steps", "1", "--anyway", "--no-archive")
-    cap = ("--emulate-gpu", "320MB", "--fallback", "1")
+    cap = ("--emulate-gpu", "320MB", "--fallback", "1", "--output", "runs/capped")
     run = vramplan("verify", wide, "--batch-size", "2", *short, *cap)
     code, out, err = run.end()
+    assert [folder.name for folder in run.runs()] == ["capped", "capped-smaller-1"], err
     first, last = (measured(folder) for folder in run.runs())
     assert first["outcome"] == "out_of_memory", err
     short_of = first["ranks"][0]["out_of_memory"]
     assert (short_of["of"], short_of["step"]) == ("host", 1)
     assert short_of["phase"] in ("forward", "backward")
     assert "Out of host memory in" in out
+    assert "the process's data was capped as on a card of 320.0 MiB" in " ".join(out.split())
     assert "Trying a smaller plan (1 of 1): " in err
     assert code == 0, err
     assert last["outcome"] == "ended"
