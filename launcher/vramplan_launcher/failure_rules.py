@@ -264,6 +264,14 @@ LOOSE: tuple[Rule, ...] = (
         "ranks waited for each other in vain",
         "Did every machine start, with the same rendezvous? Does a firewall close the port?",
     ),
+    # torch, distributed/elastic/rendezvous/dynamic_rendezvous.py: after ten minutes.
+    _rule(
+        "timed_out",
+        r"RendezvousTimeoutError|RendezvousConnectionError",
+        "machines waited for each other in vain",
+        "Did every machine start, with the same rendezvous? Does a firewall close the port, or "
+        "has another program it?",
+    ),
     _rule(
         "nccl",
         r"NCCL error|ncclSystemError|ncclUnhandledCudaError|ncclRemoteError|ncclInternalError",

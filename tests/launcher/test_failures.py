@@ -250,3 +250,10 @@ def test_a_rank_that_was_killed_is_the_cause_of_what_others_raised() -> None:
     ended = diagnose(4, lost + BLAMED.format(code=-15))
     assert (ended.kind, ended.rank) == ("peer_lost", 0)
     assert ended.sentence.startswith("rank 0: the connection to another rank was lost")
+
+
+def test_machines_that_do_not_come() -> None:
+    last = "torch.distributed.elastic.rendezvous.api.RendezvousTimeoutError\n"
+    made = diagnose(1, f"    raise RendezvousTimeoutError\n{last}")
+    assert (made.kind, made.sentence) == ("timed_out", "machines waited for each other in vain")
+    assert "same rendezvous" in made.advice
