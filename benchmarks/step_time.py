@@ -17,12 +17,23 @@ from typing import Any, NamedTuple
 from measured import FOLDER, recipe_of
 
 from vramplan.hardware.catalogue import parse_gpu
+from vramplan.memory.estimate import resolve
 from vramplan.models.hf_config import architecture
+from vramplan.recipe.recipe import Recipe
 from vramplan.timing.step import StepTime, step_time
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "timing.md"
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
+USES = (
+    "given",
+    "held out",
+    "held out, 4 at a time",
+    "ranks",
+    "other card",
+    "repeat",
+    "calibration",
+)
 FEWEST = 5  # runs of one model in whose rank correlation something can be seen
 
 
@@ -32,7 +43,7 @@ class Timed(NamedTuple):
     id: str
     model: str
     use: str
-    """given | held out | other card | repeat | calibration"""
+    """A key of USES."""
     measured: float
     predicted: StepTime
     before: float | None
@@ -64,12 +75,14 @@ def _read(path: Path) -> Iterator[Timed]:
 
 
 def _timed(entry: dict[str, Any], models: dict[str, Any]) -> Timed:
-    case = entry["case"]
-    arch = architecture(models[case["model"]])
-    predicted = step_time(arch, recipe_of(case), parse_gpu(entry.get("gpu", "h200")))
+    case = entry.get("case", entry)
+    name = case["model"]
+    arch = architecture(models[name]) if name in models else resolve(name)[1]
+    recipe = Recipe.from_dict(entry["recipe"]) if "recipe" in entry else recipe_of(case)
+    predicted = step_time(arch, recipe, parse_gpu(entry.get("gpu", "h200")))
     return Timed(
         id=case["id"].removeprefix("time-"),
-        model=case["model"],
+        model=name,
         use=entry.get("use", "given"),
         measured=entry["step_seconds_median"],
         predicted=predicted,
@@ -110,7 +123,7 @@ def summary(name: str, errors: Sequence[float]) -> str:
 def tables(runs: Sequence[Timed]) -> str:
     """Markdown: what is predicted of every run, and how far off that is."""
     lines = []
-    for use in ("given", "held out", "other card", "repeat", "calibration"):
+    for use in USES:
         mine = [run for run in runs if run.use == use]
         lines += ["", f"**{summary(use.capitalize(), [run.error for run in mine])}.**"]
         before = [run.error_before for run in mine if run.error_before is not None]

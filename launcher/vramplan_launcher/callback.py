@@ -149,6 +149,8 @@ class MemoryCheck(TrainerCallback):
     def _after_forward(self, module: Any, inputs: Any, output: Any) -> None:
         if module.training:
             self._mark("forward")
+            # The logits are still there: what is predicted is the end of Trainer.compute_loss.
+            self._phases["forward"]["end"] = None
 
     def _mark(self, phase: str) -> None:
         self._phases[phase] = {"end": self._counters.now(), "peak": self._counters.peak()}

@@ -142,3 +142,13 @@ def test_the_length_is_the_limit_or_the_longest_row(tmp_path: Path) -> None:
     del run.args.max_length
     with pytest.raises(UserError, match=r"MemoryCheck\(seq_len=…\)"):
         recipe_of(run.model, run.args, None)
+
+
+def test_a_models_forward_ends_before_the_loss_is_let_go() -> None:
+    """The logits are still there then, so only its peak can be compared."""
+    check = MemoryCheck()
+    trained = torch.nn.Linear(1, 1)
+    check._after_forward(trained, None, None)
+    assert check._phases["forward"]["end"] is None
+    check._after_forward(trained.eval(), None, None)
+    assert set(check._phases) == {"forward"}

@@ -106,6 +106,15 @@ def test_under_deepspeed_backward_steps_too() -> None:
     assert c.categories == ()
 
 
+def test_ddp_makes_its_buckets_after_what_marks_can_see_of_preparing() -> None:
+    document = measurement()
+    document["prediction"]["recipe"] = {"deepspeed": None, "world_size": 2}
+    names = {pair.name for pair in compare(document).phases}
+    assert "prepare, end" not in names
+    assert "load, end" in names
+    assert compare(document).categories
+
+
 def test_out_of_memory() -> None:
     short = {
         "of": "device",

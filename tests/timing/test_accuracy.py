@@ -16,6 +16,8 @@ from step_time import Timed, by_model, kendall, timed  # noqa: E402
 RUNS = timed()
 GIVEN = [run for run in RUNS if run.use == "given"]
 HELD_OUT = [run for run in RUNS if run.use == "held out"]
+SHARED = [run for run in RUNS if run.use == "held out, 4 at a time"]
+RANKS = [run for run in RUNS if run.use == "ranks"]
 OTHER = [run for run in RUNS if run.use == "other card"]
 REPEATS = [run for run in RUNS if run.use == "repeat"]
 SMALL = [run for run in RUNS if run.use == "calibration"]
@@ -31,24 +33,36 @@ def test_each_other_run_within_20_percent(run: Timed) -> None:
     assert abs(run.error) <= 0.20
 
 
-@pytest.mark.parametrize("run", OTHER, ids=lambda run: run.id)
-def test_a_card_on_which_nothing_was_measured(run: Timed) -> None:
-    """Where the card is the bound; a slower host's launches are another matter."""
+@pytest.mark.parametrize("run", SHARED, ids=lambda run: run.id)
+def test_runs_beside_others(run: Timed) -> None:
+    """Where the host waits for its turn, only so much can be said."""
     launching = run.predicted.parts["launch"] / run.predicted.seconds
-    assert -0.35 < run.error < 0.10
-    if launching < 0.05:
-        assert abs(run.error) <= 0.10
+    assert abs(run.error) <= (0.15 if launching < 0.05 else 0.45)
+
+
+@pytest.mark.parametrize("run", RANKS, ids=lambda run: run.id)
+def test_runs_on_several_cards_or_with_offload(run: Timed) -> None:
+    """DeepSpeed's hooks are fitted to some of these; the rest of their time is not."""
+    assert abs(run.error) <= 0.20
+
+
+@pytest.mark.parametrize("run", OTHER, ids=lambda run: run.id)
+def test_an_h100_of_which_only_the_hosts_pace_was_measured(run: Timed) -> None:
+    assert abs(run.error) <= 0.10
 
 
 def test_median_of_what_was_predicted_before_the_runs() -> None:
-    """These figures are fixed: no later change of the model can better them."""
-    errors = [abs(run.error_before) for run in HELD_OUT if run.error_before is not None]
-    assert len(errors) == len(HELD_OUT) >= 25
+    """These figures are fixed: no later change of the model can better them. Those of several
+    ranks are apart: they led to a rule."""
+    runs = HELD_OUT + SHARED
+    errors = [abs(run.error_before) for run in runs if run.error_before is not None]
+    assert len(errors) == len(runs) >= 49
     assert median(errors) <= 0.10
 
 
 def test_median_now() -> None:
-    assert median(abs(run.error) for run in HELD_OUT) <= 0.10
+    for runs in (HELD_OUT, SHARED, RANKS):
+        assert median(abs(run.error) for run in runs) <= 0.10
 
 
 def test_no_bias() -> None:

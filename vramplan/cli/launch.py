@@ -176,12 +176,10 @@ def held_job(asked: Asked) -> tuple[Job, Path] | None:
         raise UserError(f"--{option} with {path.name}: its recipe is in there")
     if "training" in document:
         return read_job(path)[0], path.parent
-    model, gpu = document.get("model"), document.get("gpu")
+    model = document.get("model")
     name = (model.get("source") or model.get("id")) if isinstance(model, dict) else model
-    name = str(name or "")
-    card = (gpu.get("id") or gpu.get("name")) if isinstance(gpu, dict) else gpu
-    here = isinstance(gpu, dict) and gpu.get("indices")
-    return Job(model=name, recipe=document["recipe"], gpu=None if here else card), path.parent
+    # Whatever card it was made for, it is judged by those that are here.
+    return Job(model=str(name or ""), recipe=document["recipe"]), path.parent
 
 
 def _resumed(job: Job, folder: Path, given: dict[str, Any], cpu: bool) -> Job:

@@ -144,14 +144,16 @@ def as_measured(said: Mapping[str, Any]) -> dict[str, dict[str, int]]:
     """The predicted phases as a run's are marked.
 
     Under DeepSpeed accelerate's backward steps as well (utils/deepspeed.py,
-    DeepSpeedEngineWrapper.backward): both are seen as backward. Its engine is made after what
-    marks can see of preparing.
+    DeepSpeedEngineWrapper.backward): both are seen as backward. Its engine and DDP's buckets are
+    made after what marks can see of preparing.
     """
     phases = {name: dict(phase) for name, phase in said["phases"].items()}
-    if said["recipe"].get("deepspeed"):
+    recipe = said["recipe"]
+    if recipe.get("deepspeed"):
         step = phases.pop("optimizer_step")
         peak = max(phases["backward"]["peak"], step["peak"])
         phases["backward"] = {"end": step["end"], "peak": peak}
+    if recipe.get("deepspeed") or recipe.get("world_size", 1) > 1:
         del phases["prepare"]
     return phases
 

@@ -17,7 +17,7 @@ from vramplan.memory.precision import Policy
 from vramplan.memory.program import MONOMIALS, powers_of
 from vramplan.models.architecture import Architecture
 from vramplan.timing.kernels import Seconds, seconds_of
-from vramplan.timing.rates import HOST, HOST_EXPERT, Rates, rates_of
+from vramplan.timing.rates import GATHERED, HOST, HOST_EXPERT, MODULE, Rates, rates_of
 from vramplan.timing.work import Kernel, Stretch, count_work
 
 Work = tuple[tuple[float, ...], tuple[float, ...]]
@@ -30,6 +30,9 @@ them in a step of 171 ms ran at 777."""
 UNEVEN = 5.0
 """Work within a stretch is uneven, so that the card and the host wait for each other by turns: the
 shorter of the two adds to the longer as in a norm of this order (6 % where it is 4/5 of it)."""
+MODULES = {"linear": 1, "adapter": 4, "layer": 6}
+"""Modules that are called, by what is counted of them: an adapter's two linears, its dropout and
+the layer that it wraps; a layer itself, its attention, its MLP with an activation, two norms."""
 SYNCHRONIZES = ("int8",)
 """Kinds whose host waits for the card (int8 asks how many outliers there are), so that the card
 then waits for the host."""
@@ -63,15 +66,18 @@ class Clock(NamedTuple):
     products: tuple[float, ...]
     """How many there are of each kernel in the whole step, where it is a product (THROTTLED)."""
     kernels: tuple[Seconds, ...]
+    calls: int
+    """Of modules, forward, recomputed and backward."""
 
-    def run(self, batch: int, seq: int) -> Spent:
-        """A micro-batch, forward and backward."""
+    def run(self, batch: int, seq: int, hooks: float = 0.0) -> Spent:
+        """A micro-batch, forward and backward; `hooks`: seconds more of the host, spread evenly."""
         powers = powers_of(batch, seq)
         times = [seconds(powers) for seconds in self.kernels]
+        slower = 1 + hooks / sum(beat.repeats * beat.host for beat in self.beats)
         host = card = 0.0
         for repeats, launching, stall, (polynomial, counts) in self.beats:
             working = stall + sum(map(mul, polynomial, powers)) + sum(map(mul, counts, times))
-            host += repeats * launching
+            host += repeats * launching * slower
             card = max(card + repeats * working, host)
         parts = [sum(map(mul, p, powers)) + sum(map(mul, n, times)) for p, n in self.parts]
         busy, dense = sum(parts), sum(map(mul, self.products, times))
@@ -87,9 +93,18 @@ class Clock(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def micro_batch(arch: Architecture, policy: Policy, gpu: Gpu, batch: int, seq: int) -> Spent:
-    """Seconds of a micro-batch of `batch` x `seq` tokens, without Trainer's own."""
-    return clock_of(arch, _essential(policy), gpu).run(batch, seq)
+def micro_batch(
+    arch: Architecture, policy: Policy, gpu: Gpu, batch: int, seq: int, gathered: int = 0
+) -> Spent:
+    """Seconds of a micro-batch of `batch` x `seq` tokens, without Trainer's own.
+
+    `gathered`: tensors that ZeRO-3 gathers and reduces, with a hook around every module.
+    """
+    clock = clock_of(arch, _essential(policy), gpu)
+    if not gathered:
+        return clock.run(batch, seq)
+    hooks = clock.calls * MODULE + gathered * GATHERED
+    return clock.run(batch, seq, rates_of(gpu).host * hooks)
 
 
 def _essential(policy: Policy) -> Policy:
@@ -125,7 +140,15 @@ def clock_of(arch: Architecture, policy: Policy, gpu: Gpu) -> Clock:
         tuple(map(_frozen, whole)),
         tuple(products),
         tuple(seconds_of(k, rates) for k in kernels),
+        sum(_calls(s) for s in stretches),
     )
+
+
+def _calls(stretch: Stretch) -> int:
+    """Of modules in all repetitions; what runs forward has its backward counted with it. What is
+    recomputed stands in a stretch of backward."""
+    called = sum(times * stretch.host[what] for what, times in MODULES.items())
+    return stretch.repeats * called * (2 if stretch.phase == "forward" else 1)
 
 
 def _heats(kernel: Kernel) -> bool:
@@ -149,7 +172,7 @@ def _launching(stretch: Stretch, rates: Rates) -> tuple[float, float]:
         host += each
         if kernel.kind in SYNCHRONIZES and part != "backward":
             stall += each
-    return host, stall
+    return rates.host * host, rates.host * stall
 
 
 def _launching_one(kernel: Kernel, part: str, rates: Rates) -> float:

@@ -48,6 +48,8 @@ class Rates:
     steps), by bytes an element."""
     updates: Mapping[str, float]
     """Elements a second of optimizers whose step computes more than it moves."""
+    host: float
+    """How many times as long as in HOST the machine's host takes."""
 
 
 # --- shares of a card's peaks -------------------------------------------------------------------
@@ -105,13 +107,25 @@ HOST: Mapping[str, float] = {
     "node": 9 * US,
     "grad": 12.4 * US,
     "gradient": 6 * US,
-    "hook": 11.2 * US,
+    "hook": 21 * US,
     "checkpoint": 90 * US,
     "forward": 630 * US,
     "backward": 470 * US,
 }
 """Seconds of the thread that launches, by kind of work (vramplan.timing.work, HOST_WORK): fitted to
-sixteen runs of a 16-layer model so small that the card always waits."""
+sixteen runs of a 16-layer model so small that the card always waits. A saved tensor ("hook") under
+checkpointing to all runs of three machines with checkpointing (2026-11-28): twice what the small
+model alone had said, and the same on each of the machines."""
+HOST_PACE = {"h100-80gb": 1.37}
+"""A host belongs to a machine, not to a card; what was measured is kept with the card it came with.
+Two machines with one H100 SXM took 1.33 and 1.41 times as long as those with an H200 (2026-11-22,
+2026-11-28: 22 runs); one with four of them, all busy, 1.6 times."""
+MODULE, GATHERED = 0.10e-3, 1.9e-3
+"""ZeRO-3's hooks: around a module's call or its backward; and for a tensor that a micro-batch
+gathers, releases and reduces. Fitted to four runs of 1B to 13B models on two and four H100
+(2026-11-28), that machine's pace taken out."""
+ENGINE_TENSOR = 0.2e-3
+"""A trained tensor in a step of DeepSpeed's engine, stages 1 and 2: four runs, likewise."""
 HOST_EXPERT = 25 * US
 """An expert's own product, where no kernel multiplies all of them."""
 MICRO_BATCH = 1.0e-3
@@ -167,6 +181,7 @@ def rates_of(gpu: Gpu, flash: bool = False) -> Rates:
         integers=INTEGERS * fp16,
         several={width: share * bandwidth for width, share in SEVERAL.items()},
         updates={name: pace * fp32 / UPDATES_AT for name, pace in UPDATES.items()},
+        host=HOST_PACE.get(gpu.id, 1.0),
     )
 
 

@@ -37,6 +37,8 @@ class Step(NamedTuple):
     """Bytes of all gradients."""
     elements: int
     """Trained parameters."""
+    tensors: int
+    """What they come in."""
 
 
 @lru_cache(maxsize=1024)
@@ -47,15 +49,18 @@ def step_of(arch: Architecture, policy: Policy, optimizer: str, gpu: Gpu) -> Ste
     tensors = sum(t.count for t in trained)
     adapted = tensors // ADAPTER_TENSORS if policy.rank is not None else 0
     card = sum(t.count * (_clip(t, rates) + _update(kind, t, rates)) for t in trained)
-    host = tensors * r.UPDATE_TENSOR[_loop(kind)]
+    before = r.STEP + tensors * r.STEP_TENSOR + adapted * r.STEP_ADAPTED
+    after = tensors * r.STEPPED_TENSOR + adapted * r.STEPPED_ADAPTED
+    start = r.MICRO_BATCH + tensors * r.MICRO_BATCH_TENSOR + adapted * r.MICRO_BATCH_ADAPTED
     return Step(
         card=card,
-        host=host,
-        before=r.STEP + tensors * r.STEP_TENSOR + adapted * r.STEP_ADAPTED,
-        after=tensors * r.STEPPED_TENSOR + adapted * r.STEPPED_ADAPTED,
-        start=r.MICRO_BATCH + tensors * r.MICRO_BATCH_TENSOR + adapted * r.MICRO_BATCH_ADAPTED,
+        host=rates.host * tensors * r.UPDATE_TENSOR[_loop(kind)],
+        before=rates.host * before,
+        after=rates.host * after,
+        start=rates.host * start,
         gradients=sum(t.count * t.numel * t.itemsize for t in trained),
         elements=sum(t.count * t.numel for t in trained),
+        tensors=tensors,
     )
 
 
