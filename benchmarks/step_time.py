@@ -102,11 +102,13 @@ def kendall(pairs: Sequence[tuple[float, float]]) -> float:
 
 
 def by_model(runs: Sequence[Timed]) -> dict[str, list[Timed]]:
-    """The models with several runs (repeats of a run have the same prediction: left out)."""
+    """The models with several runs, by card (repeats have the same prediction: left out)."""
     out: dict[str, list[Timed]] = {}
     for run in runs:
         if run.use in ("given", "held out"):
-            out.setdefault(run.model, []).append(run)
+            out.setdefault(f"{run.model}, H200", []).append(run)
+        elif run.use in ("held out, 4 at a time", "ranks"):
+            out.setdefault(f"{run.model.rpartition('/')[2]}, H100", []).append(run)
     return {model: mine for model, mine in out.items() if len(mine) >= FEWEST}
 
 
