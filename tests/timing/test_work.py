@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 
+from vramplan.memory.estimate import resolve
 from vramplan.memory.precision import policy_of
+from vramplan.memory.record import layers_to_run, record_on
 from vramplan.models.architecture import Architecture
 from vramplan.models.hf_config import architecture
 from vramplan.recipe.recipe import LoRA, Recipe
-from vramplan.timing.work import Stretch, count_work
+from vramplan.timing.work import Stretch, WorkRecorder, count_work
 
 # q, o: 2048 x 2048; k, v: 512 x 2048; gate, up: 8192 x 2048; down: 2048 x 8192
 LAYER = 2 * 2048 * 2048 + 2 * 512 * 2048 + 3 * 8192 * 2048
@@ -161,3 +164,25 @@ def test_launches(llama: Architecture, checkpointing: bool) -> None:
     assert host["layer"] == runs * 16
     assert host["gradient"] == 16 * 7 * 2  # lora_A and lora_B
     assert (host["hook"] > 0) == (host["checkpoint"] == 16) == checkpointing
+
+
+def test_one_layer_of_each_kind_stands_for_all_of_it() -> None:
+    """Gemma 3's layers come in a pattern of six; the work is that of running it in its order."""
+
+    class InOrder(WorkRecorder):
+        def sections(self, kinds: Sequence[str]) -> list[tuple[range, int]]:
+            return layers_to_run(kinds)
+
+    _, arch, _ = resolve("google/gemma-3-1b-pt")
+    policy = policy_of(Recipe(gradient_checkpointing=True), arch, "9.0")
+    totals = []
+    for kind in (WorkRecorder, InOrder):
+        g = kind(policy)
+        record_on(g, arch)
+        total: Counter[str] = Counter()
+        for stretch in g.stretches:
+            for what, times in stretch.host.items():
+                total[what] += stretch.repeats * times
+        totals.append(total)
+    assert totals[0] == totals[1]
+    assert totals[0]["layer"] == 2 * 26  # forward, and recomputed

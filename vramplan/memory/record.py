@@ -57,6 +57,10 @@ class Recorder(Experts):
         if phase == "forward" and not gathers:
             self.bounds.append((self.order, mark))
 
+    def sections(self, kinds: Sequence[str]) -> list[tuple[range, int]]:
+        """The layers that are run, and how often each section happens."""
+        return layers_to_run(kinds)
+
     def begin_backward(self) -> None:
         self._mark_backward(self.bounds[-1][1])
 
@@ -141,7 +145,7 @@ def hidden_states(g: Recorder, model: Any) -> Value:
     def run(x: Value, layer: int, tables: Any, positions: Any) -> Value:
         return model.run(x, layer, tables)  # type: ignore[no-any-return]
 
-    for layers, repeats in layers_to_run([model.stage(i) for i in range(model.arch.layers)]):
+    for layers, repeats in g.sections([model.stage(i) for i in range(model.arch.layers)]):
         g.mark("forward", _name(layers, repeats), repeats)
         for layer in layers:
             given = model.tables_for(layer, tables)

@@ -126,6 +126,13 @@ class WorkRecorder(Recorder):
         super().mark(phase, name, repeats, gathers)
         self._open(self.marks[-1])
 
+    def sections(self, kinds: Sequence[str]) -> list[tuple[range, int]]:
+        """The first layer, then one of each kind for all of that kind: work has no order."""
+        first = {kind: layer for layer, kind in reversed(list(enumerate(kinds))) if layer}
+        counts = Counter(kinds[1:])
+        others = sorted((layer, counts[kind]) for kind, layer in first.items())
+        return [(range(1), 1), *((range(i, i + 1), times) for i, times in others)]
+
     def _mark_backward(self, forward: Mark) -> None:
         super()._mark_backward(forward)
         self._open(self.marks[-1])
