@@ -203,7 +203,7 @@ NOTES = (
     "  not run differs from a run in a paged optimizer or in single quantization alone.",
     "- Of the picks' rivals the nearest were timed alone on their machine. The others ran on a",
     "  machine with four cards, all busy, where what waits for the host took up to twice as long:",
-    "  their times are upper bounds, and what is predicted of them is far above the pick.",
+    "  their times are upper bounds; what is predicted of them is above the pick as well.",
     "- The step-time model was changed with these runs in view: the host's pace beside an H100,",
     "  what checkpointing costs the host, and 3 % for 1 % as what counts as equal. As it was",
     "  before, Gemma 3 on 24 GiB would have cost 1.38 x the best one; the other picks were within",
