@@ -38,9 +38,10 @@ NCCL_ALONE = (954 * MIB, 884 * MIB, 884 * MIB, 494 * MIB)
 NCCL_ENGINE = (1338 * MIB, 1268 * MIB, 1268 * MIB, 980 * MIB)
 """NCCL's own memory, by who uses it; DeepSpeed's by stage. NVML's figure of runs on two NVIDIA H100
 through NVLink (NCCL 2.28.9, 24 channels, no NVLS), less that of the same run with a pretended
-group: the same in every one of 6 and 14 runs. DDP has one communicator; DeepSpeed two, the world's
-and a clone of it for data parallelism. Of a communicator 372 MiB are the first one's, 198 each
-further one's; 474 and 288 come with its first collective."""
+group: the same in every one of 6 and 14 runs, and in three with stages 2 and 3 on four H100. DDP
+has one communicator; DeepSpeed two, the world's and a clone of it for data parallelism. Of a
+communicator 372 MiB are the first one's, 198 each further one's; 474 and 288 come with its first
+collective."""
 
 WORKSPACE_LT = MIB
 """_getWorkspaceSize: cuBLASLt's, 1024 KiB for each thread that adds a bias in a product."""

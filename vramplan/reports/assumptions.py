@@ -98,8 +98,8 @@ def _ranks(needed: Estimate) -> list[str]:
         )
     if recipe.world_size > 1:
         said.append(
-            "NCCL's own memory as measured between two H100 through NVLink; other links, and more "
-            "GPUs, may take more or less."
+            "NCCL's own memory as measured between two and four H100 through NVLink; other links, "
+            "and more GPUs, may take more or less."
         )
         if recipe.deepspeed is None:
             said.append(
