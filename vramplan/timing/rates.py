@@ -118,8 +118,8 @@ checkpointing to all runs of three machines with checkpointing (2026-11-28): twi
 model alone had said, and the same on each of the machines."""
 HOST_PACE = {"h100-80gb": 1.37}
 """A host belongs to a machine, not to a card; what was measured is kept with the card it came with.
-Two machines with one H100 SXM took 1.33 and 1.41 times as long as those with an H200 (2026-11-22,
-2026-11-28: 22 runs); one with four of them, all busy, 1.6 times."""
+Two machines with one H100 SXM took 1.4 (3 runs, 2026-11-22) and 1.32 times (11 runs, 2026-11-28)
+as long as those with an H200; one with four of them, all busy, 1.6 times (72 runs)."""
 MODULE, GATHERED = 0.10e-3, 1.9e-3
 """ZeRO-3's hooks: around a module's call or its backward; and for a tensor that a micro-batch
 gathers, releases and reduces. Fitted to four runs of 1B to 13B models on two and four H100
