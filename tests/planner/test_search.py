@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from vramplan.errors import UserError
 from vramplan.hardware.catalogue import parse_gpu
 from vramplan.memory.estimate import estimate, resolve
 from vramplan.models.architecture import Architecture
-from vramplan.planner.candidates import FITS, HOST, TOO_LARGE
+from vramplan.planner.candidates import FITS, HOST, TOO_LARGE, Candidate
 from vramplan.planner.clock import seconds_of
 from vramplan.planner.goal import Goal
 from vramplan.planner.plan import fit, plan_for
 from vramplan.planner.rank import best_of, front, picked
-from vramplan.planner.search import Evaluator, Searched, nearest_misses, search
-from vramplan.planner.space import Space
+from vramplan.planner.search import Evaluator, Searched, judged, nearest_misses, search
+from vramplan.planner.space import Draft, Space
+from vramplan.recipe.recipe import LoRA, Recipe
 from vramplan.units import GIB
 
 
@@ -106,6 +109,23 @@ def test_pruning_changes_nothing(model: str, card: str) -> None:
                 b.footprint <= c.footprint * 1.0001 and (b.seconds or 0) <= (c.seconds or 0) * 1.001
                 for b in best
             ), c
+
+
+def test_what_a_smaller_micro_batch_already_exceeds(llama_8b: Architecture) -> None:
+    """It is a bound of what is needed, also where accumulation ends and gradients no longer wait;
+    of another run it says nothing."""
+    evaluator = Evaluator(llama_8b, parse_gpu("24GB"))
+    for recipe in (Recipe(), Recipe(lora=LoRA(), gradient_checkpointing=True)):
+        before: Candidate | None = None
+        for batch, steps in ((1, 8), (2, 4), (4, 2), (8, 1)):
+            now = replace(recipe, batch_size=batch, gradient_accumulation_steps=steps)
+            found = judged(Draft("full", now, "", ""), evaluator, pruning=False)
+            bound = evaluator.outgrown(now, before)
+            assert found.required is not None
+            assert bound <= found.required
+            assert bound > 0 or before is None
+            before = found
+        assert evaluator.outgrown(replace(now, dtype="fp32"), before) == 0
 
 
 def test_verdicts_agree_with_the_sizes(llama_8b: Architecture) -> None:

@@ -9,10 +9,8 @@ with every storage rounded as the allocator rounds it.
 
 from __future__ import annotations
 
-import gc
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from operator import ge, mul
@@ -20,7 +18,7 @@ from typing import NamedTuple
 
 from vramplan.memory import outliers
 from vramplan.memory.precision import Policy
-from vramplan.memory.record import Mark, Recording, record_step
+from vramplan.memory.record import Mark, Recording, record_step, uncollected
 from vramplan.memory.reduction import REDUCTION, buffer_bytes
 from vramplan.models.architecture import Architecture
 
@@ -145,25 +143,12 @@ def powers_of(batch: int, seq: int) -> tuple[int, ...]:
 @lru_cache(maxsize=1024)
 def compile_step(arch: Architecture, policy: Policy) -> Program:
     """Record one micro-batch of `arch` under `policy` and reduce it."""
-    with _uncollected():
+    with uncollected():
         if policy.in_backward is None:
             return reduce_recording(record_step(arch, policy))
         from vramplan.memory.stepping_tape import record_stepping
 
         return reduce_recording(record_stepping(arch, policy))
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """A tape's thousands of nodes die by their counts: looking for cycles among them is in vain,
-    and takes up to a third of the time."""
-    were_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if were_on:
-            gc.enable()
 
 
 def reduce_recording(recording: Recording) -> Program:

@@ -6,7 +6,9 @@ marks say how often each stands for itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -104,13 +106,27 @@ def record_step(arch: Architecture, policy: Policy) -> Recording:
 
 def record_on(g: Recorder, arch: Architecture) -> Recording:
     """What record_step does, with a recorder that may note more."""
-    model = family(arch.family)(arch, g)
-    g.mark("forward", "inputs")
-    loss = _compute_loss(g, model)
-    g.category = "temporary"
-    g.begin_backward()
-    g.backward(loss)
-    return g.recording()
+    with uncollected():
+        model = family(arch.family)(arch, g)
+        g.mark("forward", "inputs")
+        loss = _compute_loss(g, model)
+        g.category = "temporary"
+        g.begin_backward()
+        g.backward(loss)
+        return g.recording()
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """A tape's thousands of nodes die by their counts: looking for cycles among them is in vain,
+    and takes up to a third of the time."""
+    were_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if were_on:
+            gc.enable()
 
 
 def _compute_loss(g: Recorder, model: Any) -> Value:

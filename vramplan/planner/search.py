@@ -1,9 +1,10 @@
 """Evaluating a space: what every draft needs, whether it fits, and how long its step takes.
 
 Plain runs on one card share the walk through their program: for a micro-batch it is the same under
-every optimizer. Three bounds save most of the work, and change no answer: a draft that another one
+every optimizer. Four bounds save most of the work, and change no answer: a draft that another one
 is no worse than (space.NO_BETTER) is not evaluated; where weights, states and gradients alone
-exceed the card, nothing is compiled; and where only the pick is asked for (Space.whole False),
+exceed the card, or a smaller micro-batch does, nothing is compiled; and where only the pick is
+asked for (Space.whole False),
 what is offloaded comes last, and a method that has a plan on the cards ends the search, as nothing
 after it can be picked (rank.picked).
 """
@@ -164,6 +165,24 @@ class Evaluator:
         stays = weights.weights + steps.states + gradients
         return stays + allocator.slack(stays, recipe.allocator)
 
+    def outgrown(self, recipe: Recipe, before: Candidate | None) -> int:
+        """Bytes that a run needs at the least, as the same with a smaller micro-batch (`before`)
+        needs so many; 0 where that is another run. Without accumulation no gradients lie there
+        while the next micro-batch runs forward."""
+        if before is None or before.required is None:
+            return 0
+        was = before.recipe
+        sizes = ("batch_size", "gradient_accumulation_steps")
+        if replace(recipe, **{name: getattr(was, name) for name in sizes}) != was:
+            return 0
+        if recipe.gradient_accumulation_steps > 1 or was.gradient_accumulation_steps == 1:
+            return before.required
+        if recipe.deepspeed is not None:
+            return 0
+        policy = policy_of(recipe, self.arch, self._capability)
+        held = layout(self.arch, policy, recipe.allocator).gradients
+        return before.required - held - held * allocator.SLACK_PERCENT[recipe.allocator] // 100
+
 
 def zero_floor(arch: Architecture, policy: Policy, recipe: Recipe, zero: DeepSpeed) -> int:
     """As Evaluator.floor. Padding and persistent weights only add to it."""
@@ -195,6 +214,7 @@ def search(space: Space, evaluator: Evaluator, clock: Clock, *, pruning: bool = 
     refused: list[Refusal] = []
     evaluated = 0
     settled = None  # the method that has a plan on the cards
+    before = None
     drafts: Iterable[Draft] = space.drafts()
     if not space.whole:
         drafts = sorted(drafts, key=lambda draft: offloads(draft.recipe))
@@ -206,7 +226,7 @@ def search(space: Space, evaluator: Evaluator, clock: Clock, *, pruning: bool = 
             found.append(_unevaluated(draft))
             continue
         try:
-            candidate = judged(draft, evaluator, pruning=pruning)
+            candidate = before = judged(draft, evaluator, before, pruning=pruning)
         except UserError as error:  # what only the model's sizes show
             refused.append(Refusal(draft.method, str(error)))
             continue
@@ -221,11 +241,13 @@ def _unevaluated(draft: Draft) -> Candidate:
     return Candidate(method=draft.method, recipe=draft.recipe, verdict=draft.verdict, why=draft.why)
 
 
-def judged(draft: Draft, evaluator: Evaluator, *, pruning: bool = True) -> Candidate:
-    """A draft with its memory and its verdict."""
+def judged(
+    draft: Draft, evaluator: Evaluator, before: Candidate | None = None, *, pruning: bool = True
+) -> Candidate:
+    """A draft with its memory and its verdict; `before`: the one that was judged before it."""
     available = evaluator.available
     if pruning:
-        floor = evaluator.floor(draft.recipe)
+        floor = max(evaluator.floor(draft.recipe), evaluator.outgrown(draft.recipe, before))
         if floor > available:
             return Candidate(
                 method=draft.method,
