@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,7 @@ def test_a_machine_that_fails_ends_the_others(
         other.kill()
 
 
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="its launcher is what is run")
 def test_a_run_from_a_hostfile(
     vramplan: Callable[..., Any],
     tiny: Path,
@@ -146,7 +148,6 @@ def test_a_run_from_a_hostfile(
     two: Path,
     measured: Callable[[Path], dict[str, Any]],
 ) -> None:
-    pytest.importorskip("deepspeed")
     options = ("--cpu", "--batch-size", "2", "--seq-len", "32", "--hostfile", two)
     short = ("--max-steps", "4", "--save-steps", "0", "--output", "short")
     run = vramplan("launch", tiny, "--data", rows, *options, *short)
