@@ -14,9 +14,8 @@ from collections.abc import Iterable, Sequence
 from vramplan.planner.candidates import Candidate
 from vramplan.planner.goal import METHODS, Goal
 
-NEAR = 0.03
-"""Costs, times and sizes that differ by less are equal: a predicted time has a median error of 3 to
-9 % (docs/timing.md), and two runs of a recipe differ as much."""
+NEAR = 0.01
+"""Costs, times and sizes that differ by less are equal: two runs of a recipe differ as much."""
 ORDER_SAID = (
     "Quality comes first: full fine-tuning, LoRA, int8 LoRA, QLoRA, what stays on the GPU before "
     "what reaches for host memory. Within a method the cheapest is taken; of what costs the same "
