@@ -110,7 +110,10 @@ def notes_of(job: Job) -> list[str]:
     if job.random_weights:
         notes.append("random weights")
     if job.cpu:
-        notes.append("on the processor: there are no GPU memory figures")
+        notes.append(
+            "on the processor: there are no GPU memory figures; what a run holds is counted by "
+            "tensor, rounded as a GPU's allocator does"
+        )
     if job.emulate is not None:
         what = "the process's data" if job.cpu else "the allocator"
         notes.append(f"{what} was capped as on a card of {format_bytes(job.emulate)}")

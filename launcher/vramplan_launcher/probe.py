@@ -9,11 +9,12 @@ device from then on.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from transformers import TrainerCallback
 
+from vramplan.memory.allocator import rounded
 from vramplan_launcher.memory_reading import Counters, driver_says
 
 _PHASES = {"forward": "forward", "backward": "backward", "optimizer": "optimizer_step"}
@@ -97,7 +98,7 @@ class Probe(TrainerCallback):
             return
         self.counters.reset()
         self.timeline.append({"phase": "pre_opt", "end": self.counters.now()})
-        if self.counters.here and self.done == self.steps - 1:
+        if self.done == self.steps - 1:
             self._count_gradients(more.get("model"))
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **more: Any) -> None:
@@ -141,22 +142,34 @@ class Probe(TrainerCallback):
     def _count_gradients(self, model: Any) -> None:
         if model is None:
             return
-        on_device = [p for p in model.parameters() if p.is_cuda]
-        held = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in on_device}
-        self.categories["parameter"] = sum(held.values())
-        grads = [p.grad for p in on_device if p.grad is not None]
-        self.categories["gradient"] = sum(g.numel() * g.element_size() for g in grads)
+        mine = [p for p in model.parameters() if self._on_device(p)]
+        kept = [*mine, *(b for b in model.buffers() if self._on_device(b))]
+        if not self.counters.here:  # a GPU's allocator knows of these by itself
+            kept += [t for p in mine for t in _tensors(getattr(p, "quant_state", None))]
+            kept += [t for m in model.modules() for t in _tensors(getattr(m, "state", None))]
+        self.categories["parameter"] = _size(kept)
+        self.categories["gradient"] = _size([p.grad for p in mine if p.grad is not None])
 
     def _count_states(self) -> None:
         optimizer = getattr(self._optimizer, "optimizer", self._optimizer)
-        if not self.counters.here or optimizer is None:
+        if optimizer is None:
             return
-        total = 0
+        fused = any(group.get("fused") for group in getattr(optimizer, "param_groups", ()))
+        kept = []
         for state in getattr(optimizer, "state", {}).values():
-            for value in state.values() if isinstance(state, dict) else ():
-                if getattr(value, "is_cuda", False) and not getattr(value, "is_paged", False):
-                    total += value.numel() * value.element_size()
-        self.categories["optimizer"] = total
+            for name, value in state.items() if isinstance(state, dict) else ():
+                if not self._on_device(value) or getattr(value, "is_paged", False):
+                    continue
+                # The count of steps lies on a GPU where the step is fused, else on the host
+                # (torch/optim/adam.py, _init_group); without a GPU all lies on the host.
+                if name != "step" or fused or self.counters.here:
+                    kept.append(value)
+        self.categories["optimizer"] = _size(kept)
+
+    def _on_device(self, value: Any) -> bool:
+        """Whether it is a tensor where the run trains."""
+        where = getattr(getattr(value, "device", None), "type", None)
+        return where == ("cuda" if self.counters.here else "cpu")
 
     # --- what comes out ----------------------------------------------------------------------
 
@@ -185,7 +198,7 @@ class Probe(TrainerCallback):
             "phases": self.phases() if here else {},
             "timeline": self.timeline,
             "trainer_ready": self.levels.get("trainer", {}).get("end"),
-            "categories": self.categories if here else {},
+            "categories": self.categories,
             "peak_allocated": self.counters.highest if here else None,
             "peak_phase": self.peak_phase() if here else None,
             "peak_reserved": self.counters.reserved if here else None,
@@ -206,3 +219,22 @@ class Probe(TrainerCallback):
         used = end.get("process") or end.get("only_process")
         reserved = self._reserved()
         return used - reserved if used and reserved is not None else None
+
+
+def _size(tensors: Iterable[Any]) -> int:
+    """Bytes of their storages, each once, as the allocator of a GPU rounds them."""
+    storages = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+    return sum(map(rounded, storages.values()))
+
+
+def _tensors(state: Any) -> Iterator[Any]:
+    """Of what bitsandbytes keeps beside a weight (QuantState, MatmulLtState): its scales, and the
+    scales of those."""
+    for value in vars(state).values() if hasattr(state, "__dict__") else ():
+        if hasattr(value, "untyped_storage"):
+            yield value
+        elif type(value) is type(state):
+            yield from _tensors(value)

@@ -18,6 +18,8 @@ if sys.platform != "linux":
 
 SHORT = ("--batch-size", "2", "--seq-len", "64", "--cpu", "--steps", "4")
 METHODS = {
+    "full": ("--gradient-checkpointing",),
+    "8-bit states": ("--optim", "adamw_bnb_8bit"),
     "nf4": ("--quantization", "nf4", "--lora-rank", "4", "--gradient-checkpointing"),
     "int8": ("--quantization", "int8", "--lora-rank", "4"),
 }
@@ -37,7 +39,10 @@ Measured = Callable[[Path], dict[str, Any]]
 
 @pytest.mark.parametrize("name", METHODS)
 def test_methods(name: str, vramplan: Start, config_only: Path, measured: Measured) -> None:
-    """Random weights are made, saved and loaded; four steps run; the figures join the archive."""
+    """Random weights are made, saved and loaded; four steps run; the figures join the archive.
+
+    What the run holds, counted by tensor, is what was predicted, to the byte.
+    """
     pytest.importorskip("bitsandbytes")
     run = vramplan("verify", config_only, *METHODS[name], *SHORT)
     code, out, err = run.end()
@@ -48,7 +53,9 @@ def test_methods(name: str, vramplan: Start, config_only: Path, measured: Measur
     assert document["model"]["trainable_parameters"] == said
     assert document["training"]["steps"] == 4
     assert len(document["ranks"][0]["step_times"]) == 4
+    assert document["ranks"][0]["categories"] == document["prediction"]["held"]
     assert "Predicted:" in out
+    assert "optimizer states" in out
     assert not (folder / "model").exists()
     archived = list((run.folder / "share" / "vramplan" / "runs").iterdir())
     assert len(archived) == 1

@@ -137,9 +137,26 @@ def test_out_of_memory() -> None:
 def test_without_figures_or_prediction() -> None:
     bare = measurement(ranks=[{"rank": 0, "peak_allocated": None, "phases": {}}])
     text = " ".join(render(compare(bare)).split())
-    assert "Predicted: 8.0 GiB at the peak, 10.0 GiB required. Nothing was measured" in text
+    assert "Predicted: 8.0 GiB at the peak, 10.0 GiB required. The peak was not measured" in text
+    assert "difference" not in text
     nothing = measurement(prediction={})
     assert render(compare(nothing)).startswith("tiny (tiny-full): ended.")
+
+
+def test_what_was_counted_without_a_gpu_is_compared() -> None:
+    counted = {"parameter": 2 * GIB, "optimizer": GIB + MIB, "gradient": GIB}
+    rank = {"rank": 0, "peak_allocated": None, "phases": {}, "categories": counted}
+    c = compare(measurement(ranks=[rank]))
+    assert [(p.name, p.difference) for p in c.categories] == [
+        ("parameter", 0),
+        ("optimizer", -MIB),
+        ("gradient", 0),
+    ]
+    assert (c.error, c.held, c.phases) == (None, None, ())
+    text = render(c)
+    assert "The peak was not measured." in text
+    assert "-1.0 MiB   -0.098 %" in text
+    assert compare(measurement(ranks=[rank], outcome="failed")).categories == ()
 
 
 def test_archive_is_summed_up_by_card_and_method() -> None:

@@ -113,7 +113,8 @@ def compare(measurement: Mapping[str, Any]) -> RunComparison:
     measured, outside = rank.get("peak_allocated"), rank.get("outside_allocator")
     overhead = said.get("overhead") or {}
     # What ended early has not seen all phases.
-    whole = measured and measurement["outcome"] in ("ended", "interrupted")
+    ended = measurement["outcome"] in ("ended", "interrupted")
+    whole = measured and ended
     peak = None
     if whole and said:
         peak = Pair(name="peak", predicted=said["peak_allocated"], measured=measured)
@@ -125,7 +126,7 @@ def compare(measurement: Mapping[str, Any]) -> RunComparison:
         rank=rank.get("rank") if len(ranks) > 1 else None,
         peak=peak,
         phases=tuple(_phases(said, rank)) if whole and said else (),
-        categories=tuple(_categories(said, rank)) if whole and said else (),
+        categories=tuple(_categories(said, rank)) if ended and said else (),
         predicted_peak=said.get("peak_allocated"),
         required=said.get("required"),
         used=measured + outside if whole and outside is not None else None,
@@ -169,14 +170,16 @@ def _phases(said: Mapping[str, Any], rank: Mapping[str, Any]) -> Iterator[Pair]:
 
 def _categories(said: Mapping[str, Any], rank: Mapping[str, Any]) -> Iterator[Pair]:
     held, counted = said.get("held") or {}, rank.get("categories") or {}
-    prepared = (rank.get("phases") or {}).get("prepare", {}).get("end")
-    if not held or prepared is None or said["recipe"].get("deepspeed"):
+    if not held or said["recipe"].get("deepspeed"):
         return  # an engine keeps them in flat buffers of its own, at other times
-    found = {"parameter": prepared, **{k: counted.get(k) for k in ("optimizer", "gradient")}}
+    prepared = (rank.get("phases") or {}).get("prepare", {}).get("end")
+    found = {name: counted.get(name) for name in ("parameter", "optimizer", "gradient")}
+    if prepared is not None:  # an allocator's word before a count
+        found["parameter"] = prepared
     for name, size in found.items():
         if size is not None:
             yield Pair(name=name, predicted=held[name], measured=size)
-    if found["optimizer"] is None:
+    if found["optimizer"] is None or prepared is None:
         return
     mine = said["peak_allocated"] - held["parameter"] - held["optimizer"]
     theirs = rank["peak_allocated"] - prepared - found["optimizer"]
@@ -203,21 +206,24 @@ def _lines(c: RunComparison) -> Iterator[str]:
     if c.peak is None and c.required is not None and c.outcome in ("ended", "interrupted"):
         yield from wrap(
             f"Predicted: {format_bytes(c.predicted_peak or 0)} at the peak, "
-            f"{format_bytes(c.required)} required. Nothing was measured beside it.",
+            f"{format_bytes(c.required)} required. The peak was not measured.",
             WIDTH,
         )
-    if c.peak is not None:
+    if c.peak is not None or c.categories:
         yield ""
         yield f"  {'':<22}{'predicted':>11}{'measured':>11}{'difference':>13}"
+    if c.peak is not None:
         yield _pair("peak", c.peak)
         for pair in c.phases:
             phase, _, what = pair.name.partition(", ")
             yield _pair(f"{_PHASES[phase]}, {what}", pair)
         if c.categories:
             yield ""
-        for pair in c.categories:
-            yield _pair(_HELD[pair.name], pair)
+    for pair in c.categories:
+        yield _pair(_HELD[pair.name], pair)
+    if c.peak is not None or c.categories:
         yield ""
+    if c.peak is not None:
         yield from _verdict(c)
     yield from _times(c)
     for note in c.notes:
