@@ -23,8 +23,26 @@ from vramplan.planner.candidates import Candidate
 from vramplan.timing.step import step_time
 from vramplan.units import GIB
 
-CARD = "h100-80gb"
+CARDS = ("h100-80gb", "h200-141gb")
+"""Those that ran them."""
 CAPS = (24, 48)
+CONFIGS: dict[str, dict[str, Any]] = {
+    "OLMoE-1B-7B": {
+        "model_type": "olmoe",
+        "architectures": ["OlmoeForCausalLM"],
+        "hidden_size": 2048,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "vocab_size": 50304,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+    }
+}
+"""Models that are not bundled."""
 NEAR_MISS = 1.03
 """Recipes that need so many times what a card has are run on it too: do they fail?"""
 PAGED = GIB // 2
@@ -40,11 +58,17 @@ class Job:
     method: str
     seq_len: int
     rank: int | None = None
+    dropout: float = 0.05
     effective_batch: int = 8
 
     @property
+    def source(self) -> str | dict[str, Any]:
+        """As `fit` takes the model: a bundled name, or a config."""
+        return CONFIGS.get(self.model, self.model)
+
+    @property
     def goal(self) -> Goal:
-        lora = None if self.rank is None else LoRA(rank=self.rank)
+        lora = None if self.rank is None else LoRA(rank=self.rank, dropout=self.dropout)
         return Goal(
             methods=(self.method,),
             seq_len=self.seq_len,
@@ -54,7 +78,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        return f"{self.model.split('/')[1]} {self.method}"
+        return f"{self.model.split('/')[-1]} {self.method}"
 
 
 JOBS = (
@@ -64,17 +88,18 @@ JOBS = (
     Job(model="google/gemma-3-1b-pt", method="full", seq_len=1024),
     Job(model="google/gemma-2-2b", method="lora", seq_len=1024, rank=16),
     Job(model="meta-llama/Llama-3.1-8B", method="int8", seq_len=1024, rank=16),
+    Job(model="OLMoE-1B-7B", method="lora", seq_len=1024, rank=16, dropout=0.0),
 )
 
 
-def card(cap: int, name: str = CARD) -> Gpus:
+def card(cap: int, name: str = CARDS[0]) -> Gpus:
     """The card that runs them, with less memory."""
     return Gpus(gpu=replace(find(name), memory=cap * GIB, usable=cap * GIB))
 
 
-def sensible(job: Job, cap: int, name: str = CARD) -> Iterator[Candidate]:
+def sensible(job: Job, cap: int, name: str = CARDS[0]) -> Iterator[Candidate]:
     """The candidates of a job that stay on the card, or nearly fit it."""
-    for found in fit(job.model, card(cap, name), job.goal).candidates:
+    for found in fit(job.source, card(cap, name), job.goal).candidates:
         if found.required is None or found.recipe.deepspeed is not None or found.at_least:
             continue
         if found.required <= NEAR_MISS * cap * GIB and found.paged_out <= PAGED:
@@ -98,14 +123,14 @@ def runs_of(job: Job) -> list[dict[str, Any]]:
         out.append(
             {
                 "id": f"{job.name} {len(out)}",
-                "model": job.model,
+                "model": job.source,
                 "recipe": recipe.to_dict(),
                 "caps": caps[key],
                 "steps": 4,
                 "predicted": {
-                    "seconds": step_time(resolve(job.model)[1], recipe, gpus).seconds,
-                    "required": estimate(job.model, recipe, gpus).required,
-                    "peak_allocated": estimate(job.model, recipe, gpus).peak_allocated,
+                    "seconds": step_time(resolve(job.source)[1], recipe, gpus).seconds,
+                    "required": estimate(job.source, recipe, gpus).required,
+                    "peak_allocated": estimate(job.source, recipe, gpus).peak_allocated,
                 },
             }
         )

@@ -16,7 +16,7 @@ from vramplan.hardware.gpu import Gpu
 from vramplan.memory.precision import Policy
 from vramplan.memory.program import MONOMIALS, powers_of
 from vramplan.models.architecture import Architecture
-from vramplan.timing.kernels import Seconds, seconds_of
+from vramplan.timing.kernels import DEQUANTIZING, Seconds, seconds_of
 from vramplan.timing.rates import GATHERED, HOST, HOST_EXPERT, MODULE, Rates, rates_of
 from vramplan.timing.work import Kernel, Stretch, count_work
 
@@ -109,7 +109,7 @@ def micro_batch(
 
 def _essential(policy: Policy) -> Policy:
     """What barely moves time is left out, so that few programs are compiled."""
-    return replace(policy, single_sequence=False, accumulating=False, double_quant=True)
+    return replace(policy, single_sequence=False, accumulating=False)
 
 
 @lru_cache(maxsize=1024)
@@ -129,7 +129,7 @@ def clock_of(arch: Architecture, policy: Policy, gpu: Gpu) -> Clock:
                 polynomial[monomial] += times * took
                 polynomial[0] += times * traffic.kernels * rates.kernel
         for (part, kernel), count in s.kernels.items():
-            place = "dequantize" if kernel.kind == "dequantize" else part
+            place = "dequantize" if kernel.kind in DEQUANTIZING else part
             work[1][index[kernel]] += count
             whole[PARTS.index(place)][1][index[kernel]] += s.repeats * count
         beats.append(Beat(s.repeats, *_launching(s, rates), _frozen(work)))

@@ -7,6 +7,7 @@ seq)`: what does not depend on those is reckoned once.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from math import isqrt
 from operator import mul
 from typing import Any
@@ -38,8 +39,8 @@ SCATTERED = 8.0
 one. Not from a micro-benchmark: what one run of a mixture of experts lacked."""
 SORTING = 8
 """Kernels that sort its indices."""
-DEQUANTIZING = 3
-"""Kernels: the second level's values, their mean, the weight."""
+DEQUANTIZING = {"dequantize": 3, "dequantize once": 1}
+"""Kernels: the scales' values, their mean, the weight; where scales are not quantized, the last."""
 
 
 def seconds_of(kernel: Kernel, rates: Rates) -> Seconds:
@@ -125,8 +126,8 @@ def _attention(
     return lambda powers: fixed + flops * powers[square] + edge * powers[line]
 
 
-def _dequantize(rates: Rates, elements: int, dtype: str) -> Seconds:
-    took = DEQUANTIZING * rates.kernel + elements / rates.dequantize
+def _dequantize(kernels: int, rates: Rates, elements: int, dtype: str) -> Seconds:
+    took = kernels * rates.kernel + elements / rates.dequantize
     return lambda powers: took
 
 
@@ -175,7 +176,7 @@ _RULES: Mapping[str, Any] = {
     "folded product": _folded,
     "batched product": _batched,
     "attention": _attention,
-    "dequantize": _dequantize,
+    **{kind: partial(_dequantize, kernels) for kind, kernels in DEQUANTIZING.items()},
     "scatter": _scatter,
     "int8": _int8,
 }

@@ -10,7 +10,7 @@ kernels do more say so (`Tape.works`):
     "folded product"   experts, n_out, n_in, rank, dtype (peft's adapters of experts)
     "attention"        "fused" | "efficient", "forward" | "backward", heads, head size of queries,
                        of values, dtype, whether causal without a mask
-    "dequantize"       elements, dtype of the result
+    "dequantize"       elements, dtype of the result; "dequantize once": its scales are in fp32
     "int8"             rows, n_in, n_out, dtype, "forward" | "input", deviation of its outliers
     "scatter"          size: rows are added up where their sorted indices say
     "moves"            size, bytes: a kernel that reads and writes so many bytes an element
@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -348,6 +349,8 @@ def count_work(arch: Architecture, policy: Policy) -> tuple[Stretch, ...]:
 
     Neighbours that do the same work (the first layer and those that repeat it) are one.
     """
+    if not policy.double_quant:
+        return tuple(map(_once, count_work(arch, replace(policy, double_quant=True))))
     g = WorkRecorder(policy)
     record_on(g, arch)
     out: list[Stretch] = []
@@ -359,3 +362,13 @@ def count_work(arch: Architecture, policy: Policy) -> tuple[Stretch, ...]:
         else:
             out.append(s)
     return tuple(out)
+
+
+def _once(stretch: Stretch) -> Stretch:
+    """The same work on weights whose scales are not quantized."""
+    kernels = Counter[tuple[str, Kernel]]()
+    for (part, kernel), count in stretch.kernels.items():
+        if kernel.kind == "dequantize":
+            kernel = Kernel("dequantize once", kernel.figures)
+        kernels[part, kernel] += count
+    return stretch._replace(kernels=kernels)
