@@ -190,3 +190,5 @@ def test_what_is_refused(llama: Architecture) -> None:
         ds_config(llama, Recipe())
     with pytest.raises(InvalidValue, match="learning_rate is True"):
         Hyperparameters(learning_rate=True)
+    with pytest.raises(InvalidValue, match="weight_decay is nan: it must be a number"):
+        Hyperparameters(weight_decay=float("nan"))

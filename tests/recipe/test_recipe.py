@@ -111,6 +111,7 @@ def test_an_optimizer_is_a_name(value: object) -> None:
         ({"rank": True}, "lora.rank is True"),
         ({"alpha": 0}, "lora.alpha is 0: it must be a number above 0"),
         ({"alpha": "16"}, "lora.alpha is '16'"),
+        ({"alpha": float("inf")}, "lora.alpha is inf: it must be a number above 0"),
         ({"dropout": 1.0}, "lora.dropout is 1.0: it must be a number from 0 to less than 1"),
         ({"dropout": -0.1}, "lora.dropout is -0.1"),
         ({"dropout": math.nan}, "lora.dropout is nan"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from math import isfinite
 from typing import Any, Literal
 
 from vramplan.errors import InvalidValue, UnknownName
@@ -235,4 +236,4 @@ def _check_flag(thing: str, value: object) -> None:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and type(value) is not bool
+    return isinstance(value, (int, float)) and type(value) is not bool and isfinite(value)
