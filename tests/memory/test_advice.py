@@ -42,8 +42,8 @@ def test_every_figure_is_that_recipes_own_estimate(large: Estimate) -> None:
 def test_the_changes_of_a_full_fine_tuning(large: Estimate) -> None:
     assert {name: change.flags for name, change in by_name(large).items()} == {
         "checkpointing": ("--gradient-checkpointing",),
-        "8-bit optimizer": ("--optimizer", "adamw_8bit"),
-        "paged 8-bit optimizer": ("--optimizer", "paged_adamw_8bit"),
+        "8-bit states": ("--optimizer", "adamw_8bit"),
+        "paged 8-bit states": ("--optimizer", "paged_adamw_8bit"),
         "LoRA": ("--lora",),
         "QLoRA (nf4)": ("--quantization", "nf4", "--lora"),
         "half the sequence": ("--seq-len", "1024"),
@@ -52,7 +52,8 @@ def test_the_changes_of_a_full_fine_tuning(large: Estimate) -> None:
 
 def test_what_alters_training_says_so(large: Estimate) -> None:
     altering = {name for name, change in by_name(large).items() if change.alters_training}
-    assert altering == {"LoRA", "QLoRA (nf4)", "half the sequence"}
+    rounded = {"8-bit states", "paged 8-bit states"}
+    assert altering == {"LoRA", "QLoRA (nf4)", "half the sequence", *rounded}
 
 
 def test_a_smaller_batch_keeps_the_samples_of_a_step() -> None:
@@ -98,7 +99,7 @@ def test_what_the_libraries_refuse_is_left_out() -> None:
     recipe = Recipe(dtype="fp32", mixed_precision="fp16")
     assert "bf16 weights" not in by_name(estimate(SMALL, recipe))
     # bitsandbytes steps no 8-bit RMSprop with bf16 gradients.
-    assert "8-bit optimizer" not in by_name(estimate(SMALL, Recipe(optimizer="rmsprop")))
+    assert "8-bit states" not in by_name(estimate(SMALL, Recipe(optimizer="rmsprop")))
 
 
 def test_without_a_gpu_there_is_no_verdict_and_no_combination() -> None:

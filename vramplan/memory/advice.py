@@ -140,7 +140,8 @@ class _Option(NamedTuple):
     values: dict[str, Any]
     """Of the recipe's fields."""
     severity: int = 0
-    """0: the same training; 1: less of the model is trained, or it is rounded; 2: less is seen."""
+    """0: the same training; 1: less of the model is trained, or weights or states are rounded; 2:
+    less is seen."""
     mixes: bool = True
     """Whether `combine` may use it."""
 
@@ -188,14 +189,19 @@ _LIGHTER = {
 }
 
 
+def _rounds(recipe: Recipe) -> bool:
+    """Whether the optimizer's states are quantized."""
+    return OPTIMIZERS[recipe.optimizer].bits in (4, 8)
+
+
 def _optimizers(recipe: Recipe) -> Iterator[_Option]:
     """Lighter ones of the same algorithm."""
     now = OPTIMIZERS[recipe.optimizer]
     eight_bit, paged = _LIGHTER.get(now.algorithm, (None, None))
-    if eight_bit is not None and now.bits not in (4, 8):
-        yield _Option("8-bit optimizer", {"optimizer": eight_bit})
+    if eight_bit is not None and not _rounds(recipe):
+        yield _Option("8-bit states", {"optimizer": eight_bit}, severity=1)
     if paged is not None and not (now.paged and now.bits == 8):
-        yield _Option("paged 8-bit optimizer", {"optimizer": paged})
+        yield _Option("paged 8-bit states", {"optimizer": paged}, severity=1)
 
 
 def _fresh_adapters(needed: Estimate) -> LoRA:
@@ -299,4 +305,5 @@ def _named(recipe: Recipe, base: Recipe) -> tuple[str, bool]:
     changed = [name for name in words if getattr(recipe, name) != getattr(base, name)]
     alters = not {"quantization", "lora", "seq_len"}.isdisjoint(changed)
     alters |= "dtype" in changed and recipe.lora is None
+    alters |= _rounds(recipe) and not _rounds(base)
     return ", ".join(words[name] for name in changed), alters

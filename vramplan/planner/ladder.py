@@ -134,7 +134,7 @@ def _savings(arch: Architecture, recipe: Recipe) -> Iterator[tuple[str, dict[str
     if recipe.batch_size > 1:
         small = {"batch_size": 1, "gradient_accumulation_steps": steps}
         yield "micro-batch 1", small, False
-    yield "8-bit optimizer", {"optimizer": "adamw_8bit"}, True
+    yield "8-bit states", {"optimizer": "adamw_8bit"}, True
     yield "paged optimizer", {"optimizer": "paged_adamw_8bit"}, False
     yield "bf16 weights", {"dtype": "bf16"}, recipe.lora is None
     if recipe.lora is None:
