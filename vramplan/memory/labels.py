@@ -16,7 +16,7 @@ from vramplan.memory.precision import Policy
 from vramplan.memory.record import Mark, Recorder, Recording, record_on
 from vramplan.memory.stepping_tape import SteppingRecorder, trained_of
 from vramplan.memory.tape import Made, Tape
-from vramplan.memory.values import ITEMSIZE, Size, Storage, Value
+from vramplan.memory.values import ITEMSIZE, Node, Size, Storage, Value
 from vramplan.models.architecture import Architecture
 from vramplan.models.blocks import family
 
@@ -101,9 +101,9 @@ class LabellingRecorder(Recorder):
             self._note_saved(storages)
         return super().pack(storages)
 
-    def passed(self, order: int) -> None:
-        self.node = self.made.get(order, Label())
-        super().passed(order)
+    def passed(self, node: Node) -> None:
+        self.node = self.made.get(node.order, Label())
+        super().passed(node)
 
     def whence(self) -> Label:
         """The label of what is being allocated now."""

@@ -17,8 +17,9 @@ from operator import ge, mul
 from typing import NamedTuple
 
 from vramplan.memory import outliers
+from vramplan.memory.kinds import record_kinds
 from vramplan.memory.precision import Policy
-from vramplan.memory.record import Mark, Recording, record_step, uncollected
+from vramplan.memory.record import Mark, Recorder, Recording, uncollected
 from vramplan.memory.reduction import REDUCTION, buffer_bytes
 from vramplan.models.architecture import Architecture
 
@@ -145,7 +146,7 @@ def compile_step(arch: Architecture, policy: Policy) -> Program:
     """Record one micro-batch of `arch` under `policy` and reduce it."""
     with uncollected():
         if policy.in_backward is None:
-            return reduce_recording(record_step(arch, policy))
+            return reduce_recording(record_kinds(lambda: Recorder(policy), arch))
         from vramplan.memory.stepping_tape import record_stepping
 
         return reduce_recording(record_stepping(arch, policy))
@@ -162,20 +163,24 @@ def reduce_recording(recording: Recording) -> Program:
     effects = [of_class[c] for c in classes]
     copies = _birth_repeats(recording)
     sections = []
+    found: dict[tuple[int, ...], Section] = {}  # layers of a kind can share their events (kinds.py)
     for mark, following in pairwise(recording.marks):
-        events = recording.events[mark.start : following.start]
-        sections.append(_reduce(mark, events, classes, effects, copies if mark.gathers else {}))
+        events = tuple(recording.events[mark.start : following.start])
+        section = found.get(events)
+        if section is None or mark.gathers:
+            section = _reduce(mark, events, classes, effects, copies if mark.gathers else {})
+            found[events] = section
+        sections.append(section._replace(phase=mark.phase, name=mark.name, repeats=mark.repeats))
     return Program(tuple(sections), tuple(table), recording.epilogues)
 
 
 def _birth_repeats(recording: Recording) -> dict[int, int]:
-    """For storages born in a repeated section: how many of them there are."""
-    out = {}
+    """For storages: how many of them are born, in all sections and their repetitions."""
+    out: dict[int, int] = {}
     for mark, following in pairwise(recording.marks):
-        if mark.repeats > 1:
-            for event in recording.events[mark.start : following.start]:
-                if event >= 0:
-                    out[event] = mark.repeats
+        for event in recording.events[mark.start : following.start]:
+            if event >= 0:
+                out[event] = out.get(event, 0) + mark.repeats
     out.update(recording.copies)
     return out
 

@@ -1,7 +1,7 @@
 """Recording a step: a family's description run forward and backward as Trainer runs the model.
 
 Where layers repeat (one kind, or a pattern of kinds) only the first unit and one more are run; the
-marks say how often each stands for itself.
+marks say how often each stands for itself. Of layers of one kind among these, kinds.py runs fewer.
 """
 
 from __future__ import annotations
@@ -10,13 +10,17 @@ import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vramplan.memory.experts import Experts
 from vramplan.memory.precision import Policy
-from vramplan.memory.values import LEAF_ORDER, Storage, Value
+from vramplan.memory.tape import holders
+from vramplan.memory.values import LEAF_ORDER, Node, Storage, Value
 from vramplan.models.architecture import Architecture
 from vramplan.models.blocks import family
+
+if TYPE_CHECKING:
+    from vramplan.memory.kinds import Spared
 
 
 class Mark(NamedTuple):
@@ -52,6 +56,7 @@ class Recorder(Experts):
         self.marks: list[Mark] = []
         self.copies: dict[int, int] = {}
         self.bounds: list[tuple[int, Mark]] = []  # first node order of a forward section
+        self.spared: Spared | None = None  # set where equal layers are to be run once (kinds.py)
 
     def mark(self, phase: str, name: str, repeats: int = 1, gathers: bool = False) -> None:
         mark = Mark(phase, name, len(self.events), repeats, gathers)
@@ -61,16 +66,29 @@ class Recorder(Experts):
 
     def sections(self, kinds: Sequence[str]) -> list[tuple[range, int]]:
         """The layers that are run, and how often each section happens."""
-        return layers_to_run(kinds)
+        sections = layers_to_run(kinds)
+        return sections if self.spared is None else self.spared.spare(sections, kinds)
+
+    def enters(self, x: Value) -> None:
+        """A layer's forward section has begun: `x` is what it is given."""
+        if self.spared is not None:
+            self.spared.met("forward", self.marks[-1].name, (traits(x),))
+
+    def state(self) -> tuple[int, ...]:
+        """What else one layer's backward may leave for the next; of a plain tape nothing."""
+        return ()
 
     def begin_backward(self) -> None:
         self._mark_backward(self.bounds[-1][1])
 
-    def passed(self, order: int) -> None:
+    def passed(self, node: Node) -> None:
         """A node made in an earlier section than the current one begins that section's backward."""
-        while order != LEAF_ORDER and order <= self.bounds[-1][0]:
+        while node.order != LEAF_ORDER and node.order <= self.bounds[-1][0]:
             self.bounds.pop()
             self._mark_backward(self.bounds[-1][1])
+            if self.spared is not None:
+                given = (*map(traits, node.buffers), self.state())
+                self.spared.met("backward", self.marks[-1].name, given)
 
     def keeps(self, context: list[Storage | None]) -> None:
         """What a layer keeps on contexts, each of its repetitions keeps."""
@@ -97,6 +115,17 @@ class Recorder(Experts):
 
     def _mark_backward(self, forward: Mark) -> None:
         self.marks.append(forward._replace(phase="backward", start=len(self.events)))
+
+
+def traits(value: Value | None) -> tuple[Any, ...]:
+    """All of a tensor that rules ask for, and how many hold it."""
+    if value is None:
+        return ()
+    storage = None
+    if value.storage is not None:
+        storage = (value.tape.sizes[value.storage.index], holders(value))
+    flags = (value.requires_grad, value.view, value.strided, value.tail)
+    return value.size, value.dtype, storage, flags, value.parameter is None
 
 
 def record_step(arch: Architecture, policy: Policy) -> Recording:
@@ -162,7 +191,8 @@ def hidden_states(g: Recorder, model: Any) -> Value:
         return model.run(x, layer, tables)  # type: ignore[no-any-return]
 
     for layers, repeats in g.sections([model.stage(i) for i in range(model.arch.layers)]):
-        g.mark("forward", _name(layers, repeats), repeats)
+        g.mark("forward", section_name(layers, repeats), repeats)
+        g.enters(x)
         for layer in layers:
             given = model.tables_for(layer, tables)
             if g.policy.checkpointing:
@@ -175,7 +205,7 @@ def hidden_states(g: Recorder, model: Any) -> Value:
     return x
 
 
-def _name(layers: range, repeats: int) -> str:
+def section_name(layers: range, repeats: int) -> str:
     count = len(layers) * repeats
     return f"layer {layers[0]}" if count == 1 else f"layers {layers[0]}-{layers[0] + count - 1}"
 

@@ -162,7 +162,7 @@ class Tape:
         del root
         while queue:
             node = heapq.heappop(queue)
-            self.passed(node.order)
+            self.passed(node)
             edges = node.edges
             grads = self._run(node)
             del node
@@ -189,7 +189,7 @@ class Tape:
     def graph_ends(self) -> None:
         """Called before what nodes kept on their contexts is let go; a subclass may mark it."""
 
-    def passed(self, order: int) -> None:
+    def passed(self, node: Node) -> None:
         """Called before each backward node; a subclass may mark sections."""
 
     def _run(self, node: Node) -> list[Value | None]:

@@ -12,9 +12,10 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from vramplan.memory.kinds import record_kinds
 from vramplan.memory.precision import Policy
 from vramplan.memory.program import Program, reduce_recording
-from vramplan.memory.record import Recorder, record_on
+from vramplan.memory.record import Recorder
 from vramplan.memory.values import Parameter, Size, Value
 from vramplan.models.architecture import Architecture
 
@@ -73,6 +74,11 @@ class ZeroRecorder(Recorder):
         if self.hooks.stage == 3:
             self.mark("forward", "loss")
         return super().loss(logits, vocabulary)
+
+    def state(self) -> tuple[int, ...]:
+        """What waits for its reduction, and what the last one has not let go."""
+        waiting = [len(self.reduced), len(self.buckets), *(g.size.numel for g in self.pending)]
+        return self.elements, self.waiting, *waiting
 
     def _hooked(self, parameter: Parameter) -> Callable[..., Any]:
         """AccumulateGrad and the hook behind it: `grad` itself lives until both are through."""
@@ -152,4 +158,4 @@ class ZeroRecorder(Recorder):
 @lru_cache(maxsize=1024)
 def compile_zero(arch: Architecture, policy: Policy, hooks: Hooks) -> Program:
     """Record one micro-batch of `arch` with ZeRO's hooks, and reduce it."""
-    return reduce_recording(record_on(ZeroRecorder(policy, hooks), arch))
+    return reduce_recording(record_kinds(lambda: ZeroRecorder(policy, hooks), arch))
