@@ -11,7 +11,7 @@ import pytest
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-from choice import Capped, Choice, capped, choices, page, read, undisturbed  # noqa: E402
+from choice import Capped, Choice, capped, choices, order, page, read, undisturbed  # noqa: E402
 from choice_jobs import CAPS, JOBS, card  # noqa: E402
 
 from vramplan import Recipe, estimate  # noqa: E402
@@ -63,9 +63,12 @@ def test_every_job_has_a_pick_that_was_run() -> None:
 
 
 def test_what_was_predicted_before_a_run_that_was_alone_held() -> None:
-    off = [abs(said / (run.seconds or 1.0) - 1) for run, said in undisturbed(DOCUMENT, RUNS)]
+    alone = undisturbed(DOCUMENT, RUNS)
+    off = [abs(said / (run.seconds or 1.0) - 1) for run, said in alone]
     assert len(off) >= 47
     assert statistics.median(off) < 0.05
+    assert len(order(alone)) == 3
+    assert min(order(alone).values()) >= 0.8
 
 
 def test_the_page_is_of_these_runs() -> None:
