@@ -25,6 +25,7 @@ from vramplan.recipe.recipe import Recipe
 from vramplan_launcher.job import Job
 from vramplan_launcher.trace.build import (
     DTYPES,
+    cast_adapters,
     compute_dtype,
     hf_config,
     model_class,
@@ -177,7 +178,9 @@ def _add_lora(model: Any, recipe: Recipe) -> Any:
         lora_dropout=lora.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
     )
-    return get_peft_model(model, config, autocast_adapter_dtype=lora.dtype == "fp32")
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=lora.dtype == "fp32")
+    cast_adapters(adapted, DTYPES[lora.dtype])
+    return adapted
 
 
 def trainable(model: Any) -> int:

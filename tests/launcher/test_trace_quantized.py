@@ -30,6 +30,22 @@ def test_nf4_holds_half_a_byte_and_its_scales() -> None:
     assert difference == saved - dynamic_code
 
 
+@pytest.mark.parametrize("regime", [{"quantization": "int8"}, {"dtype": "fp32"}])
+def test_adapters_have_the_dtype_that_is_asked_for(regime: dict[str, str]) -> None:
+    """Though peft would make them in fp32, or in that of the weights."""
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("peft")
+    from vramplan import Recipe, estimate
+
+    wide = {**LLAMA, "hidden_size": 512, "intermediate_size": 1024, "vocab_size": 640}
+    shape = {"batch_size": 2, "seq_len": 640, "optimizer": "sgd", **regime}
+    for dtype in ("fp32", "bf16"):
+        lora = {"rank": 64, "target_modules": "all-linear", "dtype": dtype}
+        recipe = Recipe.from_dict({**shape, "lora": lora})
+        needed, traced = estimate(wide, recipe), trace(wide, recipe.to_dict(), steps=2)
+        assert abs(needed.peak_allocated / traced.peak_allocated - 1) < 1e-3
+
+
 def test_a_weight_is_not_dequantized_for_few_rows() -> None:
     pytest.importorskip("bitsandbytes")
     processors = reduction.Processors()

@@ -22,6 +22,8 @@ METHODS = {
     "8-bit states": ("--optim", "adamw_bnb_8bit"),
     "nf4": ("--quantization", "nf4", "--lora-rank", "4", "--gradient-checkpointing"),
     "int8": ("--quantization", "int8", "--lora-rank", "4"),
+    "int8, adapters in bf16": ("--quantization", "int8", "--lora-dtype", "bf16"),
+    "fp32, adapters in bf16": ("--dtype", "fp32", "--lora-dtype", "bf16"),
 }
 ZERO = {
     "zero1": ("--zero", "1", "--world-size", "2", "--launcher", "deepspeed"),

@@ -61,6 +61,11 @@ def same_names() -> Callable[[dict[str, Any]], None]:
         described = inventory(architecture(config))
         weights = {n: t.shape for t in described if t.role != "buffer" for n in t.names()}
         assert weights == {n: tuple(p.shape) for n, p in built.named_parameters()}
+        first = {
+            next(t.names()): t.numel for t in described if t.role == "linear" and 0 in t.layers
+        }
+        built_first = [p.numel() for n, p in built.named_parameters() if n in first]
+        assert list(first.values()) == built_first  # their order: optimizers step by it
         buffers = {n: t.numel for t in described if t.role == "buffer" for n in t.names()}
         assert buffers == {n: b.numel() for n, b in built.named_buffers()}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -189,7 +189,21 @@ def inventory(arch: Architecture) -> tuple[Tensor, ...]:
     g.layers, g.marker = (), ""
     model.head(model.final_norm(x))
     model.buffers()
-    return tuple(g.found.values())
+    return _as_declared(tuple(g.found.values()), model.declared_first)
+
+
+def _as_declared(found: tuple[Tensor, ...], first: Mapping[str, str]) -> tuple[Tensor, ...]:
+    """In the order of model.parameters(): modules that `first` names stand before its other ones,
+    though their forward comes later."""
+    out = list(found)
+    for early, late in first.items():
+        for tensor in found:
+            prefix, part, ending = tensor.name.partition(early)
+            others = [k for k, t in enumerate(out) if t.name == f"{prefix}{late}{ending}"]
+            if part and others:
+                out.remove(tensor)
+                out.insert(others[0], tensor)
+    return tuple(out)
 
 
 def parameter_count(arch: Architecture) -> int:

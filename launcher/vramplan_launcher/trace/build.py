@@ -259,10 +259,20 @@ def add_lora(model: Any, recipe: dict[str, Any]) -> nn.Module:
         lora_dropout=lora.get("dropout", 0.05),
         target_modules=lora.get("target_modules", "all-linear"),
     )
+    dtype = lora.get("dtype", "fp32")
     with plain_adapter_cast():
-        return get_peft_model(
-            model, config, autocast_adapter_dtype=lora.get("dtype", "fp32") == "fp32"
-        )
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=dtype == "fp32")
+        cast_adapters(adapted, DTYPES[dtype])
+    return adapted
+
+
+def cast_adapters(model: nn.Module, dtype: torch.dtype) -> None:
+    """peft makes adapters in fp32 or in the weights' dtype, of int8 weights in fp32 alone."""
+    for module in model.modules():
+        for name in ("lora_A", "lora_B"):
+            adapters = getattr(module, name, None)
+            if isinstance(adapters, nn.ModuleDict):
+                adapters.to(dtype)
 
 
 def layers_of(model: nn.Module) -> list[str]:

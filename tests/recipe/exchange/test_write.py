@@ -257,3 +257,18 @@ def test_the_script_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     exec(compile(text, "script.py", "exec"), script)
     script["main"](use_cpu=True, save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False)
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_adapters_are_cast_where_peft_makes_others() -> None:
+    """peft gives adapters the weights' dtype, or fp32; on int8 weights fp32 alone."""
+    cast = "parameter.data = parameter.data.to(torch.bfloat16)"
+    lora = LoRA(dtype="bf16")
+    for recipe, differs in (
+        (Recipe(lora=lora), False),
+        (Recipe(lora=lora, quantization="nf4"), False),
+        (Recipe(lora=LoRA(), quantization="int8"), False),
+        (Recipe(lora=lora, quantization="int8"), True),
+        (Recipe(lora=lora, dtype="fp32"), True),
+    ):
+        written = export("training-arguments", "acme/tiny", recipe, OPTIONS).text
+        assert (cast in written) == differs

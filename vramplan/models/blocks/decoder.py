@@ -7,6 +7,8 @@ only the parameters are). Its local variables live as long as those of the code 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from vramplan.models.architecture import Architecture
@@ -21,6 +23,8 @@ class Decoder:
     layers_name: ClassVar[str] = "model.layers"
     norm_name: ClassVar[str] = "model.norm"
     head_name: ClassVar[str] = "lm_head"
+    declared_first: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Modules that stand in model.parameters() before one whose forward comes first."""
 
     def __init__(self, arch: Architecture, g: Any) -> None:
         self.arch = arch

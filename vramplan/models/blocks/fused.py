@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 from vramplan.models.blocks.decoder import Tensor
 from vramplan.models.blocks.llama import Llama
 from vramplan.models.blocks.windowed import Windowed
@@ -18,6 +20,8 @@ def fused_mlp(block: Llama, x: Tensor, name: str) -> Tensor:
 
 class Phi3(Windowed):
     """models/phi3/modeling_phi3.py: q, k and v in one projection too; part of a head is rotated."""
+
+    declared_first = MappingProxyType({"o_proj": "qkv_proj"})
 
     def block(self, x: Tensor, layer: int) -> Tensor:
         name, p = f"{self.layers_name}.{layer}", self.arch.dropouts.residual

@@ -163,7 +163,8 @@ def _method(keys: Keys, fields: Mapping[str, Any]) -> dict[str, Any]:
             "alpha": keys.number("lora_alpha", None),
             "dropout": keys.number("lora_dropout", 0.0),
             "target_modules": ALL_LINEAR if every or targets == (ALL_LINEAR,) else targets,
-            "dtype": "fp32" if cast else fields["dtype"],
+            # Those of int8 weights peft makes in fp32, asked to or not.
+            "dtype": "fp32" if cast or quantization == "int8" else fields["dtype"],
         }
     }
 

@@ -161,9 +161,25 @@ def _model(recipe: Recipe) -> str:
     cast = "" if recipe.lora.dtype == "fp32" else ", autocast_adapter_dtype=False"
     lines.append(f"    adapters = {_indented(_lora(recipe), 4)}")
     lines.append(f"    model = get_peft_model(model, adapters{cast})")
+    if recipe.lora.dtype not in ("fp32", _of_peft(recipe)):
+        lines += [
+            "    for name, parameter in model.named_parameters():",
+            '        if "lora_" in name:',
+            f"            parameter.data = parameter.data.to(torch.{_TORCH[recipe.lora.dtype]})",
+        ]
     if recipe.gradient_checkpointing:
         lines.append("    model.enable_input_require_grads()")
     return "\n".join([*lines, "    return model"])
+
+
+def _of_peft(recipe: Recipe) -> str:
+    """The dtype of adapters that peft does not turn to fp32: that of the weights, where it is a
+    floating one (peft 0.21, tuners_utils.py, _move_adapter_to_device_of_base_layer)."""
+    if recipe.quantization == "int8":
+        return "fp32"
+    if recipe.quantization is None or recipe.mixed_precision == "no":
+        return recipe.dtype
+    return recipe.mixed_precision
 
 
 def _lora(recipe: Recipe) -> str:

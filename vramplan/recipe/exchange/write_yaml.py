@@ -113,10 +113,11 @@ def _axolotl_method(recipe: Recipe, notes: list[str]) -> dict[str, Any]:
         keys["lora_target_linear"] = True
     else:
         keys["lora_target_modules"] = list(lora.target_modules)
-    if lora.dtype == recipe.dtype != "fp32":
+    if lora.dtype == recipe.dtype != "fp32" and recipe.quantization != "int8":
         keys["peft_autocast_adapter_dtype"] = False
     elif lora.dtype != "fp32":
-        notes.append(f"adapters are {recipe.dtype} or fp32 in Axolotl, not {lora.dtype}")
+        own = "" if recipe.quantization == "int8" else f"{recipe.dtype} or "
+        notes.append(f"adapters are {own}fp32 in Axolotl, not {lora.dtype}")
     # On unless they are turned off, and not what is estimated.
     return keys | dict.fromkeys(KERNELS, False)
 
