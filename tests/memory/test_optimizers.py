@@ -13,10 +13,10 @@ from vramplan.errors import IllegalRecipe
 from vramplan.memory import optimizer_steps, record
 from vramplan.memory.optimizer_states import optimizer_tables, state_tensors
 from vramplan.memory.optimizer_steps import LowRank, counted, gesvdj_workspace, in_order
-from vramplan.memory.optimizers import projections, stepping
+from vramplan.memory.optimizers import _order, projections, stepping
 from vramplan.memory.precision import Policy, Projection
 from vramplan.memory.program import Program, reduce_recording
-from vramplan.memory.states import Trained
+from vramplan.memory.states import Trained, layout
 from vramplan.memory.stepping_tape import record_stepping
 from vramplan.models import catalogue
 from vramplan.models.architecture import Architecture
@@ -290,3 +290,12 @@ def test_no_linear_to_project() -> None:
     """GPT-2's matrices are Conv1D, and its head is its embedding's table."""
     with pytest.raises(IllegalRecipe, match=r"nn\.Linear"):
         estimate("openai-community/gpt2", Recipe(optimizer="galore_adamw", seq_len=512))
+
+
+def test_expert_biases_step_with_the_biases() -> None:
+    """Trainer goes by the name: of gpt-oss the head follows the last layer's down_proj."""
+    trained = layout(cut("gpt_oss"), Policy(), "expandable_segments").trained
+    names = [t.name for t in _order(trained, {})]
+    assert names.index("lm_head.weight") < min(
+        names.index(name) for name in names if name.endswith("_proj_bias")
+    )

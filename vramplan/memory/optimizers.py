@@ -170,7 +170,9 @@ def _transient(
 def _order(trained: Sequence[Trained], lows: dict[Trained, LowRank]) -> list[Trained]:
     """The optimizer's groups: projected parameters last, else those without weight decay.
 
-    Trainer.create_optimizer puts biases and norms into a second group.
+    Trainer.create_optimizer puts biases (experts' have two dimensions) and norms into a second
+    group.
     """
-    later = [t for t in trained if (t in lows if lows else len(t.shape) < 2)]
+    light = (t for t in trained if len(t.shape) < 2 or t.name.endswith("bias"))
+    later = [t for t in trained if t in lows] if lows else list(light)
     return in_order([t for t in trained if t not in later]) + in_order(later)
