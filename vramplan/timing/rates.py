@@ -117,9 +117,9 @@ HOST: Mapping[str, float] = {
 """Seconds of the thread that launches, by kind of work (vramplan.timing.work, HOST_WORK): fitted to
 sixteen runs of a 16-layer model so small that the card always waits. A saved tensor ("hook") under
 checkpointing to all runs of three machines with checkpointing (2026-11-28): twice what the small
-model alone had said, and the same on each of the machines. Scales that
-are not quantized ("dequantize once") save bitsandbytes two calls: 53 to 76 us by themselves, on a
-host 1.4 times as slow (2026-11-28)."""
+model alone had said, and the same on each of the machines. Scales that are not quantized
+("dequantize once") save bitsandbytes two calls: 53 to 76 us by themselves, on a host 1.4 times as
+slow (2026-11-28)."""
 HOST_PACE = {"h100-80gb": 1.37}
 """A host belongs to a machine, not to a card; what was measured is kept with the card it came with.
 Two machines with one H100 SXM took 1.4 (3 runs, 2026-11-22) and 1.32 times (11 runs, 2026-11-28)
